@@ -1,0 +1,1 @@
+"""Experiments with posterity, and its command line."""

