@@ -1,0 +1,141 @@
+"""What stands beside each figure: its numbers, its finding in words, its drawing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from posterity_studies.report import figures
+from posterity_studies.report.entry import Entry
+
+BINS, ENTROPY_BINS, GALLERY = 20, 30, 24
+NOTHING = "no finite predictions"
+
+
+class Table(NamedTuple):
+    """Per bin (lo, hi] of the largest probability: its mean, the accuracy, the number of images."""
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+
+    @property
+    def share(self) -> np.ndarray:
+        """Share of all images per bin."""
+        return self.count / max(self.count.sum(), 1)
+
+    @property
+    def ece(self) -> float:
+        """Mean gap between confidence and accuracy; NaN without any finite row."""
+        gaps = np.abs(self.confidence - self.accuracy)[self.count > 0]
+        return float(gaps @ self.share[self.count > 0]) if len(gaps) else math.nan
+
+
+def reliability_table(probs: torch.Tensor, targets: torch.Tensor) -> Table:
+    """Reliability over BINS equal bins; rows that are not finite are left out."""
+    confidence, predicted = probs.max(1)
+    keep = probs.isfinite().all(1)
+    right = (predicted == targets)[keep].numpy()
+    confidence = confidence[keep]
+    place = torch.bucketize(confidence, torch.arange(1, BINS, dtype=probs.dtype) / BINS).numpy()
+    count = np.bincount(place, minlength=BINS)
+    per = np.maximum(count, 1)
+    mean, rate = (np.bincount(place, v, BINS) / per for v in (confidence.numpy(), right))
+    return Table(mean, rate, count)
+
+
+def training(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Train loss and test NLL over epochs, for the rows that have a curve."""
+    drawn = [(i, e) for i, e in enumerate(entries) if e.curve.get("epoch")]
+    panels = []
+    for key, name in (("train_loss", "Train loss"), ("test_nll", "Test NLL")) if drawn else ():
+        lines = [(i, e.curve["epoch"], e.curve[key]) for i, e in drawn]
+        ends = (f"{e.label} from {e.curve[key][0]:.3f} to {e.curve[key][-1]:.3f}" for _, e in drawn)
+        svg = figures.training_curves(f"training-{key}", lines)
+        panels.append({"name": name, "finding": "; ".join(ends), "svg": svg})
+    return panels
+
+
+def reliability(entries: Sequence[Entry], targets: torch.Tensor) -> list[dict[str, Any]]:
+    """One reliability diagram per row, all on the same axes."""
+    tables = [reliability_table(_double(e.probs), targets) for e in entries]
+    top = _ceiling(table.share for table in tables)
+    panels = []
+    for i, t in enumerate(tables):
+        confidence, accuracy = (float(t.share @ values) for values in t[:2])
+        gap = 100 * (confidence - accuracy)
+        finding = (
+            f"mean confidence {confidence:.1%}, accuracy {accuracy:.1%}: "
+            f"{abs(gap):.1f} points too {'sure' if gap > 0 else 'cautious'}"
+            if t.count.any()
+            else NOTHING
+        )
+        svg = figures.reliability_diagram(f"reliability-{i}", i, *t, t.share, top)
+        panels.append({"score": t.ece, "finding": finding, "svg": svg})
+    return panels
+
+
+def entropy(entries: Sequence[Entry], data_name: str, ood_name: str) -> list[dict[str, Any]]:
+    """One pair of entropy histograms per row: known inputs against unknown ones."""
+    limit = math.log(entries[0].probs.shape[1])
+    pairs = [(_entropies(e.probs), _entropies(e.ood_probs)) for e in entries]
+    shares = [(_shares(known, limit), _shares(unknown, limit)) for known, unknown in pairs]
+    top = _ceiling(share for pair in shares for share in pair)
+    panels = []
+    for i, (e, (known, unknown)) in enumerate(zip(entries, pairs, strict=True)):
+        middle = [float(values.nanmedian()) for values in (known, unknown)]
+        finding = (
+            f"median {middle[0]:.2f} nats on {data_name}, {middle[1]:.2f} on {ood_name}"
+            if math.isfinite(sum(middle))
+            else NOTHING
+        )
+        svg = figures.entropy_histogram(f"entropy-{i}", i, *shares[i], limit, top)
+        score = e.metrics.get("ood_auroc", math.nan)
+        panels.append({"score": score, "finding": finding, "svg": svg})
+    return panels
+
+
+def gallery(
+    entry: Entry, targets: torch.Tensor, class_names: Sequence[str], images: torch.Tensor
+) -> list[dict[str, Any]]:
+    """The GALLERY images of highest finite predictive entropy, the least sure first."""
+    probs, values = _double(entry.probs), _entropies(entry.probs)
+    cards = []
+    order = values.nan_to_num(-1).argsort(descending=True, stable=True)
+    for i in order[values[order].isfinite()][:GALLERY].tolist():
+        truth, ranked = int(targets[i]), probs[i].argsort(descending=True, stable=True).tolist()
+        shown = ranked[:3] + [truth] * (truth not in ranked[:3])
+        cards.append(
+            {
+                "index": i,
+                "entropy": float(values[i]),
+                "image": figures.png(images[i].numpy()),
+                "truth": class_names[truth],
+                "right": ranked[0] == truth,
+                "bars": [(class_names[k], float(probs[i, k]), k == truth) for k in shown],
+            }
+        )
+    return cards
+
+
+def _double(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().cpu().double()
+
+
+def _entropies(probs: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(_double(probs)).sum(1)
+
+
+def _shares(entropies: torch.Tensor, limit: float) -> np.ndarray:
+    """Share of the finite entropies in each of ENTROPY_BINS bins on 0..limit."""
+    finite = entropies[entropies.isfinite()].clamp(0, limit).numpy()
+    return np.histogram(finite, ENTROPY_BINS, (0, limit))[0] / max(len(finite), 1)
+
+
+def _ceiling(shares) -> float:
+    """The next tenth above every share: one axis limit for all rows."""
+    return max(0.1, math.ceil(10 * max(share.max() for share in shares)) / 10)
