@@ -1,0 +1,104 @@
+"""Values under their names, written into a model and taken back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+Tensors = dict[str, Tensor]
+
+
+class Samples(Protocol):
+    """What prediction needs of a posterior; anything that has it can predict."""
+
+    def state(self, seed: int, index: int) -> Tensors:
+        """All that sample ``index`` writes into a model: the weights, and the buffers."""
+        ...
+
+    def sampled(self, model: nn.Module, seed: int, index: int) -> AbstractContextManager[nn.Module]:
+        """A context in which the model holds sample ``index``."""
+        ...
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without the parts that wrappers add (DDP, FSDP, compile, checkpointing).
+
+    >>> clean_name("module._orig_mod.layers.0.weight")
+    'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, for an error message."""
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def bind(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """For each name, the model's own name of that parameter or buffer, and its tensor.
+
+    Raises:
+        ValueError: a name or shape that the model does not have, or a trainable parameter that
+            ``values`` does not hold. Frozen parameters and buffers may be absent.
+    """
+    own: dict[str, tuple[str, Tensor]] = {}
+    for name, tensor in chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        if own.setdefault(clean_name(name), (name, tensor))[1] is not tensor:
+            raise ValueError(f"the model has two tensors named {clean_name(name)!r}")
+    bound = {name: own[name] for name in values if name in own}
+    held = Counter(id(tensor) for _, tensor in bound.values())
+    faults = {
+        "not in the model": [name for name in values if name not in own],
+        "trainable, but not in the posterior (freeze it, or pass it among the buffers)": [
+            clean_name(name)
+            for name, p in model.named_parameters()
+            if p.requires_grad and id(p) not in held
+        ],
+        "of another shape": [
+            f"{name} {tuple(values[name].shape)}, in the model {tuple(tensor.shape)}"
+            for name, (_, tensor) in bound.items()
+            if tensor.shape != values[name].shape
+        ],
+        "tied in the model, but not in the posterior": [
+            name for name, (_, tensor) in bound.items() if held[id(tensor)] > 1
+        ],
+    }
+    found = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
+    if found:
+        raise ValueError(f"the posterior does not fit the model. {found}")
+    return bound
+
+
+@contextmanager
+def written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """A context in which the model holds ``values``, in place; what it held comes back bit by bit.
+
+    Raises:
+        ValueError: as :func:`bind`, before anything is written.
+    """
+    targets = [tensor.detach() for _, tensor in bind(model, values).values()]
+    kept = [tensor.clone() for tensor in targets]
+    try:
+        _copy(targets, values.values())
+        yield model
+    finally:
+        _copy(targets, kept)
+
+
+def _copy(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)  # any dtype, device or memory format; bumps the version counter
+    torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights

@@ -1,0 +1,85 @@
+"""Algorithm 1 of Shen et al. (ICML 2024, arXiv 2402.17641) in plain PyTorch, to be read.
+
+Every fast implementation is tested against these few lines. All functions take lists of tensors,
+one entry per parameter, and a group's settings as keywords; they write in place. Symbols: mean m,
+Hessian h (without the prior), momentum g, effective sample size λ = ``ess``, prior precision over
+λ δ = ``weight_decay``, a sample θ = m + σε. Numbers in brackets are the paper's lines (1)–(7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+
+
+def floor(hess_init: float, weight_decay: float) -> float:
+    """The least h+δ. Exact arithmetic keeps it positive by itself; float32 does not."""
+    return 2.0**-20 * (hess_init + weight_decay)
+
+
+def curvature(h: Tensor, *, hess_init: float, weight_decay: float) -> Tensor:
+    """h+δ: the posterior precision over λ."""
+    return (h + weight_decay).clamp_min(floor(hess_init, weight_decay))
+
+
+def perturbation(h: Tensor, noise: Tensor, *, ess: float, **prior: float) -> Tensor:
+    """σε with σ = 1/√(λ(h+δ)) (7)."""
+    return (ess * curvature(h, **prior)).rsqrt_() * noise.view(h.shape)
+
+
+def sample(params: Tensors, means: Tensors, hess: Tensors, noise: Tensors, **settings: float):
+    """θ ~ N(m, σ²), rounded to the parameter's dtype."""
+    for p, m, h, e in zip(params, means, hess, noise, strict=True):
+        p.copy_(m + perturbation(h, e, **settings))
+
+
+def unsample(params: Tensors, hess: Tensors, noise: Tensors, **settings: float):
+    """θ → m up to one rounding, where no copy of the mean was kept."""
+    for p, h, e in zip(params, hess, noise, strict=True):
+        p.sub_(perturbation(h, e, **settings))
+
+
+def product(grad: Tensor, displacement: Tensor, hess_approx: str) -> Tensor:
+    """What is averaged over samples for (2): ĝ·(θ−m) for "price", ĝ² for "gradsq"."""
+    return grad * (displacement if hess_approx == "price" else grad)
+
+
+def update(
+    means: Tensors,
+    grads: Tensors,
+    products: Tensors,
+    momentum: Tensors,
+    hess: Tensors,
+    steps: Tensors,
+    *,
+    lr: float | Tensor,
+    ess: float,
+    hess_init: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    hess_approx: str,
+    gradsq_scale: float | None,
+    clip_radius: float,
+    rescale_lr: bool,
+    debias: bool,
+):
+    """Lines (2) to (6): momentum, Hessian and mean from the averaged gradients and products."""
+    beta1, beta2 = betas
+    rho = 1 - beta2  # in double: float32 would lose a tenth of a percent at β2 = .99999
+    prior = {"hess_init": hess_init, "weight_decay": weight_decay}
+    if rescale_lr:
+        lr = lr * (hess_init + weight_decay)
+    for m, ghat, gd, g, h, t in zip(means, grads, products, momentum, hess, steps, strict=True):
+        t += 1
+        u = curvature(h, **prior)
+        hhat = gd * (ess * u) if hess_approx == "price" else gd * gradsq_scale  # (2)
+        g.lerp_(ghat, 1 - beta1)  # (3)
+        r = rho * (hhat - h)
+        h += r + r.square() / (2 * u)  # (4)
+        h.clamp_min_(floor(**prior) - weight_decay)
+        gbar = g / (1 - beta1 ** t.double()) if debias else g  # (5)
+        step = (gbar + weight_decay * m) / curvature(h, **prior)  # (6), with the new h
+        m -= lr * step.clamp_(-clip_radius, clip_radius)
