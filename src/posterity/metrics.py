@@ -17,6 +17,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Reliability",
+    "RiskCoverage",
+    "accuracy",
+    "adaptive_ece",
+    "aupr",
+    "aurc",
+    "auroc",
+    "brier",
+    "detection_error",
+    "ece",
+    "fpr_at_95",
+    "nll",
+    "reliability",
+    "risk_coverage",
+]
+
 IGNORED = -100  # torch's ignore_index
 TOLERANCE = 5e-3  # of sums of probabilities; bfloat16 rounds them by 2e-3
 

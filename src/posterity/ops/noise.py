@@ -29,7 +29,6 @@ BLOCK = 2048  # chunks per pass: bounds the working memory, changes no value
 MASK = (1 << 32) - 1
 SIGN = -(1 << 31)
 
-
 Key = tuple[Tensor, Tensor]  # two int32 words
 
 
@@ -89,7 +88,8 @@ def box_muller(x0: Tensor, x1: Tensor, first: Tensor, second: Tensor) -> None:
 
     31 bits of ``x0`` make u in (0, 1], so |z| < 6.7. The angle is a half turn (the top bit of
     ``x1``), a quarter turn (the next) and an offset within ±π/4 (the other 30), which keeps its
-    full relative precision. Both are contiguous in their last dimension.
+    full relative precision. Up to the conversion of both to float32 (and the .5 added there) every
+    implementation has the same bits; after it the last few may differ.
     """
     u = (x0.bitwise_right_shift(1) & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
     radius = u.log_().mul_(-2).sqrt_()

@@ -70,16 +70,18 @@ def update(
     beta1, beta2 = betas
     rho = 1 - beta2  # in double: float32 would lose a tenth of a percent at β2 = .99999
     prior = {"hess_init": hess_init, "weight_decay": weight_decay}
+    least = floor(**prior) - weight_decay
     if rescale_lr:
         lr = lr * (hess_init + weight_decay)
     for m, ghat, gd, g, h, t in zip(means, grads, products, momentum, hess, steps, strict=True):
         t += 1
+        h.clamp_min_(least)  # δ may have been lowered since
         u = curvature(h, **prior)
         hhat = gd * (ess * u) if hess_approx == "price" else gd * gradsq_scale  # (2)
         g.lerp_(ghat, 1 - beta1)  # (3)
         r = rho * (hhat - h)
         h += r + r.square() / (2 * u)  # (4)
-        h.clamp_min_(floor(**prior) - weight_decay)
+        h.clamp_min_(least)
         gbar = g / (1 - beta1 ** t.double()) if debias else g  # (5)
         step = (gbar + weight_decay * m) / curvature(h, **prior)  # (6), with the new h
         m -= lr * step.clamp_(-clip_radius, clip_radius)

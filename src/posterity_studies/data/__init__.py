@@ -49,26 +49,6 @@ class Listing:
     digest: str
     sources: tuple[Source, ...]
 
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Examples: `inputs` uint8 (n, height, width[, channels]), `targets` int64 (n,)."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-@dataclass(frozen=True, eq=False)
-class DataSet(Listing):
-    """A listing fetched: the verified splits, and in `source` which source served them."""
-
-    train: Split = field(repr=False)
-    test: Split = field(repr=False)
-    source: str
-
     def normalise(self, images: Tensor) -> Tensor:
         """Scale images by *this* data set's training mean and standard deviation.
 
@@ -88,6 +68,26 @@ class DataSet(Listing):
         )
         pixels = channels_last.permute(0, 3, 1, 2).contiguous().float()
         return pixels.div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Examples: `inputs` uint8 (n, height, width[, channels]), `targets` int64 (n,)."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet(Listing):
+    """A listing fetched: the verified splits, and in `source` which source served them."""
+
+    train: Split = field(repr=False)
+    test: Split = field(repr=False)
+    source: str
 
 
 def load(name: str) -> DataSet:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from posterity import metrics
 from posterity_studies.report import figures
 from posterity_studies.report.entry import Entry
 
@@ -37,15 +38,11 @@ class Table(NamedTuple):
 
 def reliability_table(probs: torch.Tensor, targets: torch.Tensor) -> Table:
     """Reliability over BINS equal bins; rows that are not finite are left out."""
-    confidence, predicted = probs.max(1)
     keep = probs.isfinite().all(1)
-    right = (predicted == targets)[keep].numpy()
-    confidence = confidence[keep]
-    place = torch.bucketize(confidence, torch.arange(1, BINS, dtype=probs.dtype) / BINS).numpy()
-    count = np.bincount(place, minlength=BINS)
-    per = np.maximum(count, 1)
-    mean, rate = (np.bincount(place, v, BINS) / per for v in (confidence.numpy(), right))
-    return Table(mean, rate, count)
+    if not keep.any():
+        return Table(*np.zeros((3, BINS)))
+    found = metrics.reliability(probs[keep], targets[keep], BINS)
+    return Table(*(np.nan_to_num(column.numpy()) for column in found[2:]))
 
 
 def training(entries: Sequence[Entry]) -> list[dict[str, Any]]:

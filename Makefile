@@ -1,0 +1,41 @@
+# Two commands are enough: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench docs clean
+
+help:  ## what there is
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile
+
+demo: .venv/studies  ## train on Fashion-MNIST with AdamW, SGD and IVON, compare, write the report
+	@$(BIN)/posterity compare fashion-mnist --out runs/fashion-mnist
+
+test: .venv/dev lint  ## lint, types, all tests and doctests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: .venv/dev  ## format, lint, types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
+
+bench: .venv/dev  ## one step of each optimizer implementation, ratios to fused AdamW
+	@$(BIN)/python benchmarks/step.py
+
+docs: .venv/dev  ## API pages from the docstrings, to site/
+	@$(BIN)/pdoc -o site posterity posterity_studies
+
+clean:  ## remove the environment and what tools cache (runs/ stays)
+	rm -rf .venv site .ruff_cache .pytest_cache build src/*.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10)' 2>/dev/null || \
+	  { echo "posterity needs Python 3.10 or newer; '$(PYTHON)' is none. Try: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "posterity needs Python's venv module. On Debian: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+# Installed in the stages that the two commands need: .venv/studies runs, .venv/dev also tests.
+.venv/studies .venv/dev: .venv/%: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "setting up .venv ($*): about a minute" >&2
+	@$(BIN)/python -m pip install -q --progress-bar off -c constraints.txt -e '.[$*]' 2>.venv/install.log || \
+	  { cat .venv/install.log >&2; echo "posterity: installing into .venv failed; the lines above say why" >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,9 @@
+"""Variational learning of deep networks: IVON, and the Gaussian posterior it leaves."""
+
+from . import metrics
+from .ivon import IVON
+from .posterior import Mixture, Posterior
+from .prediction import Prediction, predict
+
+__all__ = ["IVON", "Mixture", "Posterior", "Prediction", "metrics", "predict"]
+__version__ = "0.1.0"

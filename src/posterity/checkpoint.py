@@ -1,0 +1,57 @@
+"""What a checkpoint of IVON holds beside torch's packing, and what it must hold to be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .groups import Group
+from .sampling import SUMS, Window
+
+SHAPED = {"momentum", "hess", "mean", *SUMS}  # state of its parameter's shape
+
+
+def add_window(saved: dict[str, Any], window: Window) -> None:
+    """Put an open window into a state dict: finished samples as sums, a live one to be redrawn."""
+    draw = window.draw
+    if draw is None:
+        return
+    first = saved["param_groups"][0]
+    counters = {"draws": first["draws"] - int(draw.sign > 0)}
+    if draw.way == "context" and not draw.live:  # held by reference; any others are sums already
+        counters = {}
+        for slot, grad, product in window.contribution(last=True):
+            sums = dict(zip(SUMS, (grad, product), strict=True))
+            saved["state"][slot.number] = {**saved["state"][slot.number], **sums}
+            counters = {"pending": first["pending"] + 1}
+    saved["param_groups"] = [{**group, **counters} for group in saved["param_groups"]]
+
+
+def matched(groups: list[Group], loaded: dict[str, Any]) -> Iterator[tuple[Tensor, Any, Group]]:
+    """Each parameter with the key of its state in the checkpoint."""
+    for group, theirs in zip(groups, loaded["param_groups"], strict=True):
+        yield from ((p, n, group) for p, n in zip(group["params"], theirs["params"], strict=True))
+
+
+def check(groups: list[Group], loaded: dict[str, Any]) -> None:
+    """Raise ValueError where a checkpoint is not of these parameters, or not of IVON."""
+    ours, theirs = ([len(g["params"]) for g in gs] for gs in (groups, loaded["param_groups"]))
+    if ours != theirs:
+        raise ValueError(
+            f"the checkpoint's groups hold {theirs} parameters, the optimizer's {ours}"
+        )
+    for p, number, _ in matched(groups, loaded):
+        state = loaded["state"].get(number, {})
+        if state and not {"step", "momentum", "hess"} <= state.keys():
+            raise ValueError(
+                f"no IVON state for parameter {number}: found {sorted(state)}, need step, "
+                "momentum and hess. Is this another optimizer's checkpoint?"
+            )
+        for name in state.keys() & SHAPED:
+            if state[name].shape != p.shape:
+                raise ValueError(
+                    f"{name} of parameter {number} has shape {tuple(state[name].shape)} in the "
+                    f"checkpoint, but the parameter has {tuple(p.shape)}"
+                )

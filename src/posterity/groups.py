@@ -1,0 +1,126 @@
+"""What stands in a parameter group: settings, counters that place the noise, and their checks."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import distributed
+
+Group = dict[str, Any]
+
+SETTINGS = (  # of one group
+    *("lr", "ess", "hess_init", "betas", "weight_decay", "clip_radius"),
+    *("hess_approx", "gradsq_scale", "rescale_lr", "debias"),
+)
+COUNTERS = ("seed", "draws", "eval_draws", "pending")  # they place the noise
+FIXED = (  # of the optimizer: the same in every group
+    *("mc_samples", "antithetic", "fused", "store_mean", "samples", "capturable", "seed"),
+)
+WHOLE = (*FIXED, *COUNTERS)  # in every group, for distributed checkpoints keep nothing else
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def low_precision(p: Tensor) -> bool:
+    """Whether a parameter keeps its mean in float32 beside itself."""
+    return p.dtype in (torch.bfloat16, torch.float16)
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of a parameter's state and of all arithmetic on it."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def share_counters(groups: list[Group]) -> None:
+    """Give every group the first one's counters; device tensors where they are captured."""
+    first = groups[0]
+    if first["capturable"]:
+        device = next((p.device for g in groups for p in g["params"] if p.requires_grad), "cpu")
+        for name in ("draws", "eval_draws"):
+            first[name] = torch.as_tensor(first[name], dtype=torch.int64, device=device)
+    for group in groups:
+        group.update({k: first[k] for k in COUNTERS})
+
+
+def count(groups: list[Group], name: str, by: int = 1) -> int | Tensor:
+    """Advance a counter; its value before."""
+    before = groups[0][name]
+    if isinstance(before, Tensor):
+        value, before = before, before.clone()
+        value += by  # in place and on the device, so that a replayed graph advances it too
+    else:
+        for group in groups:
+            group[name] = before + by
+    return before
+
+
+def agree(groups: list[Group], device: torch.device) -> None:
+    """Take over rank 0's counters."""
+    names = ("seed", "draws", "eval_draws")
+    own = [int(groups[0][name]) for name in names]
+    groups[0].update(zip(names, distributed.broadcast(own, device), strict=True))
+    share_counters(groups)
+
+
+def plain(group: Group) -> Group:
+    """A group's settings and counters as plain numbers."""
+    kept = {k: group[k] for k in (*SETTINGS, "seed", "draws")}
+    return {k: v.item() if isinstance(v, Tensor) else v for k, v in kept.items()}
+
+
+def check(group: Group) -> None:
+    """Raise ValueError for a setting out of its range or a parameter that cannot be trained."""
+    beta1, beta2 = group["betas"]
+    scale = 1 if group["hess_approx"] == "price" else group["gradsq_scale"] or 0
+    rules = {
+        "a finite lr >= 0": 0 <= group["lr"] < math.inf,
+        "a finite ess > 0": 0 < group["ess"] < math.inf,
+        "a finite hess_init >= 0": 0 <= group["hess_init"] < math.inf,
+        "0 <= betas[0] < 1": 0 <= beta1 < 1,
+        "0 <= betas[1] < 1": 0 <= beta2 < 1,
+        "a finite weight_decay >= 0": 0 <= group["weight_decay"] < math.inf,
+        "hess_init + weight_decay > 0": group["hess_init"] + group["weight_decay"] > 0,
+        "clip_radius > 0": group["clip_radius"] > 0,
+        "0 <= seed < 2**63": 0 <= group["seed"] < 2**63,
+        "a whole mc_samples >= 1": group["mc_samples"] >= 1 and group["mc_samples"] % 1 == 0,
+        'hess_approx "price" or "gradsq"': group["hess_approx"] in ("price", "gradsq"),
+        'samples="shared" (this version has no other)': group["samples"] == "shared",
+        'a finite gradsq_scale > 0 with hess_approx="gradsq" (for a mean over a batch of B: B)': (
+            0 < scale < math.inf
+        ),
+        "an even mc_samples with antithetic=True": (
+            not group["antithetic"] or group["mc_samples"] % 2 == 0
+        ),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            words = re.findall(r"\w+", rule)
+            shown = {k: group[k] for k in (*SETTINGS, *WHOLE) if k in words}
+            raise ValueError(f"IVON needs {rule}; got {shown}")
+    for p in group["params"]:
+        if p.requires_grad:
+            check_trainable(p, group)
+
+
+def check_trainable(p: Tensor, group: Group) -> None:
+    """Raise ValueError for a parameter that IVON cannot train. Frozen ones may be anything."""
+    if p.dtype not in DTYPES:
+        raise ValueError(f"IVON trains real floating-point parameters; got one of {p.dtype}")
+    if p.is_meta:
+        raise ValueError(
+            "IVON got a parameter on the meta device, which has no values: materialise the model "
+            "(model.to_empty(device=...)) before building the optimizer"
+        )
+    if distributed.is_sharded(p):
+        raise ValueError(
+            f"IVON got a sharded parameter (DTensor, global shape {tuple(p.shape)}): this version "
+            "trains whole parameters only (DistributedDataParallel, not FSDP2)"
+        )
+    if low_precision(p) and not group["store_mean"]:
+        raise ValueError(
+            f"store_mean=False with a {p.dtype} parameter: its mean must be kept in float32"
+        )

@@ -1,0 +1,1 @@
+"""Thin bridges to other packages. Each imports its package only where it needs it."""

@@ -1,0 +1,554 @@
+"""IVON, the variational optimizer: its groups, state and checkpoints. No maths."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import checkpoint, distributed, groups, ops
+from .groups import Group, low_precision
+from .ops.reference import curvature
+from .posterior import Posterior
+from .sampling import Draw, Slot, Window, by_group, mean_at_rest, noise_for
+
+NO_SAMPLE = (
+    "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
+    "Wrap forward and backward pass in `with opt.sampled_params(train=True):`, or pass a closure "
+    "to `opt.step(closure)`, or call `opt.train()` before the forward pass."
+)
+
+
+class IVON(Optimizer):
+    r"""Improved variational online Newton: AdamW's cost, and a Gaussian posterior over the weights.
+
+    Minimises λ·E_q[ℓ̄(θ)] + KL(q ‖ p) over q = N(m, diag σ²), σ² = 1/(λ(h+δ)), with the prior
+    p = N(0, 1/(λδ)): Algorithm 1 of the source, lines (1) to (7).
+
+    Gradients are taken at a posterior sample. There are three ways, over one mechanism:
+
+    1. ``with opt.sampled_params(train=True): loss.backward()``, then ``opt.step()``. Several
+       contexts before a step are several Monte Carlo samples and are averaged.
+    2. ``opt.step(closure)`` draws ``mc_samples`` samples around the closure.
+    3. ``opt.train()`` before the forward pass, ``opt.step()`` after the backward pass;
+       ``opt.eval()`` puts the mean back without a step.
+
+    At rest the parameters are the mean, so that saving a model is always right. Load other weights
+    between steps, not while a sample stands in the parameters.
+
+    Args:
+        params: parameters, named parameters or parameter groups. A group may have its own lr, ess,
+            hess_init, betas, weight_decay, clip_radius, hess_approx, gradsq_scale, rescale_lr and
+            debias.
+        lr: learning rate α, a float or a tensor. With ``rescale_lr`` good values are above SGD's.
+        ess: effective sample size λ: number of training examples; the loss is a batch *mean*.
+        hess_init: initial Hessian h0. Small is noisy, large nearly deterministic.
+        betas: decay of momentum and Hessian; .9999 for the latter suits short runs.
+        weight_decay: prior precision over λ, δ. At 0 the prior is flat.
+        mc_samples: samples drawn by ``step(closure)``.
+        hess_approx: "price", ĥ = ĝ(θ−m)/σ² (2), or "gradsq", ĥ = gradsq_scale·ĝ².
+        gradsq_scale: the factor of "gradsq", which needs it. For a mean over a batch of B, B is
+            consistent with the Gauss-Newton matrix near stationarity.
+        clip_radius: bound ξ on each element of the preconditioned step (6).
+        rescale_lr: multiply lr by h0+δ.
+        debias: divide the momentum by 1−β1^t (5). The Hessian is never debiased.
+        antithetic: samples come in pairs m ± σε; needs an even ``mc_samples``.
+        fused: None takes the best implementation, True insists on a fused one, False asks for the
+            reference; ``opt.implementation`` says what runs.
+        store_mean: keep a copy of the mean while a sample stands in the parameters. False
+            regenerates the noise instead and restores the mean to within one rounding.
+        samples: "shared": all ranks of a process group draw the same sample.
+        capturable: keep step and draw counters on the parameters' device, for CUDA graphs.
+        seed: of the noise, 64 bits; None takes one from torch's global generator.
+
+    State per parameter: ``step``, ``momentum``, ``hess`` (float32; float64 for float64 parameters)
+    and, for bf16 and fp16 parameters, ``mean``: the float32 master weights.
+
+    Raises:
+        ValueError: a setting out of its range, complex or integer parameters, bf16 or fp16
+            parameters with ``store_mean=False``.
+
+    Example:
+        >>> import torch
+        >>> from posterity import IVON
+        >>> model = torch.nn.Linear(3, 1)
+        >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
+        >>> opt = IVON(model.parameters(), lr=0.1, ess=len(x), seed=0)
+        >>> for _ in range(5):
+        ...     with opt.sampled_params(train=True):
+        ...         opt.zero_grad()
+        ...         torch.nn.functional.mse_loss(model(x), y).backward()
+        ...     _ = opt.step()
+        >>> opt.posterior(model).names
+        ('weight', 'bias')
+
+    Source: Shen et al., "Variational Learning is Effective for Large Deep Networks", ICML 2024,
+    arXiv 2402.17641.
+    """
+
+    _step_supports_amp_scaling = True  # on overflow GradScaler then leaves the skipping to step()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        *,
+        ess: float,
+        hess_init: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.99999),
+        weight_decay: float = 1e-4,
+        mc_samples: int = 1,
+        hess_approx: str = "price",
+        gradsq_scale: float | None = None,
+        clip_radius: float = math.inf,
+        rescale_lr: bool = True,
+        debias: bool = True,
+        antithetic: bool = False,
+        fused: bool | None = None,
+        store_mean: bool = True,
+        samples: str = "shared",
+        capturable: bool = False,
+        seed: int | None = None,
+    ):
+        settings = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        if seed is None:
+            settings["seed"] = int(torch.randint(2**63 - 1, ()).item())
+        self._reset(fused)
+        super().__init__(params, {**settings, "draws": 0, "eval_draws": 0, "pending": 0})
+
+    def _reset(self, fused: bool | None) -> None:
+        """Make what stands beside the state."""
+        self._ops, self._implementation = ops.choose(fused)
+        self._window = Window()
+        self._inside = ""  # the context we are in
+        self._agreed = False  # whether all ranks share the counters
+        self._warned = False
+
+    @property
+    def implementation(self) -> str:
+        """Which implementation runs, and why."""
+        return self._implementation
+
+    # -- groups and state -------------------------------------------------------------------------
+
+    @property
+    def _whole(self) -> Group:
+        """Where the settings and counters of the whole optimizer stand."""
+        return self.param_groups[0] if self.param_groups else self.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with settings of its own where it names them, at any time.
+
+        Raises:
+            ValueError: a setting out of its range or of the whole optimizer, or a parameter that
+                cannot be trained.
+        """
+        whole = {k: self._whole[k] for k in groups.WHOLE}
+        own = [k for k in groups.FIXED if param_group.get(k, whole[k]) != whole[k]]
+        if own:
+            raise ValueError(f"{', '.join(own)}: set for the whole optimizer, not for one group")
+        super().add_param_group({**param_group, **whole})
+        group = self.param_groups[-1]
+        try:
+            groups.check(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        groups.share_counters(self.param_groups)
+        draw = self._window.draw
+        if draw is not None and draw.live:
+            newcomers = [s for s in self._slots() if s.group is group]
+            with torch.no_grad():
+                draw.enter(newcomers, group["store_mean"])
+
+    @torch.inference_mode(False)  # state made while evaluating must serve training too
+    @torch.no_grad()
+    def _slots(self) -> list[Slot]:
+        """Every trainable parameter; its state is made on first use and follows it when moved."""
+        placed = ((p, group) for group in self.param_groups for p in group["params"])
+        return [
+            Slot(p, group, self._state(p, group), number)
+            for number, (p, group) in enumerate(placed)
+            if p.requires_grad
+        ]
+
+    def _state(self, p: Tensor, group: Group) -> dict[str, Any]:
+        if not self.state.get(p):
+            groups.check_trainable(p, group)
+        state, dtype = self.state[p], groups.state_dtype(p)
+        on = p.device if group["capturable"] else torch.device("cpu")
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+            for name, value in (("momentum", 0.0), ("hess", group["hess_init"])):
+                state[name] = torch.full_like(p, value, dtype=dtype, requires_grad=False)
+        if low_precision(p) != ("mean" in state):
+            groups.check_trainable(p, group)
+            state.pop("mean", None)
+            if low_precision(p):
+                state["mean"] = p.detach().to(dtype)
+        if state["hess"].device != p.device or state["hess"].dtype != dtype:
+            for name in state.keys() & checkpoint.SHAPED:
+                state[name] = state[name].to(p.device, dtype)
+        if state["step"].device != on:
+            state["step"] = state["step"].to(on)
+        return state
+
+    # -- three ways to sample ---------------------------------------------------------------------
+
+    def sampled_params(self, train: bool = False) -> AbstractContextManager[None]:
+        """A context in which the parameters are a posterior sample.
+
+        Args:
+            train: True draws a training sample for the next step: run forward and backward pass
+                inside. Several such contexts before a step are several Monte Carlo samples, and
+                each loss is then a whole batch mean (the average over samples is taken here).
+                False draws an evaluation sample, from a stream of its own: evaluating never
+                changes training.
+
+        At exit the parameters are the mean again, exactly, also after an exception; a training
+        sample that ends in one is dropped with its gradients.
+
+        Raises:
+            RuntimeError: inside another such context, or a gradient changed where it no longer
+                counts.
+
+        Example:
+            >>> import torch
+            >>> from posterity import IVON
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> opt = IVON([w], lr=0.1, ess=100, seed=0)
+            >>> with opt.sampled_params():
+            ...     bool((w != 0).all())
+            True
+            >>> bool((w == 0).all())
+            True
+        """
+        return self._training_sample() if train else self._evaluation_sample()
+
+    def _outside(self, name: str) -> None:
+        """Raise inside a sampling context, where ``name`` has no meaning."""
+        if self._inside:
+            raise RuntimeError(f"{name} inside {self._inside}: leave that context first")
+
+    @contextmanager
+    def _within(self, name: str) -> Iterator[None]:
+        self._outside(name)
+        self._inside = name
+        try:
+            yield
+        finally:
+            self._inside = ""
+
+    @contextmanager
+    def _training_sample(self) -> Iterator[None]:
+        with self._within("sampled_params(train=True)"):
+            try:
+                self._new_draw("context")
+                yield
+                self._hold()
+            except BaseException:
+                with torch.no_grad():
+                    self._window.drop()
+                raise
+
+    @torch.no_grad()
+    def _new_draw(self, way: str) -> None:
+        self._close(last=False)
+        slots, whole = self._slots(), self._whole
+        if slots and not self._agreed and not distributed.alone():
+            groups.agree(self.param_groups, slots[0].param.device)
+            self._agreed = True
+        groups.share_counters(self.param_groups)  # on the parameters' device: they may have moved
+        if whole["pending"]:  # each sample of several starts from zero gradients
+            for slot in slots:
+                slot.param.grad = None
+        mirrored = whole["antithetic"] and whole["pending"] % 2 == 1
+        number = whole["draws"] - 1 if mirrored else groups.count(self.param_groups, "draws")
+        draw = Draw(self._ops, whole["seed"], number, -1 if mirrored else 1, way)
+        self._window.open(draw, slots, whole["store_mean"])
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Leave a training context: hold the first sample, sum up the others."""
+        self._window.hold()
+        if self._whole["pending"]:
+            self._close(last=False)
+
+    def _close(self, *, last: bool, checked: bool = False) -> None:
+        if self._window.close(last=last, checked=checked):
+            groups.count(self.param_groups, "pending")
+
+    @contextmanager
+    def _evaluation_sample(self) -> Iterator[None]:
+        with self._within("sampled_params()"):
+            slots = self._slots()
+            number = -1 - groups.count(self.param_groups, "eval_draws")
+            normals = noise_for(slots, self._whole["seed"], number)
+            with self._window.evaluating(self._ops, slots, normals):
+                yield
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put a training sample into the parameters; nothing to do when one is there already.
+
+        Call it before the forward pass; calling it before every micro-batch is fine, for the
+        sample stays the same until ``step()``. ``step()`` reads the gradients when it is called.
+
+        Raises:
+            RuntimeError: ``mc_samples > 1``, or samples of the other ways wait for ``step()``.
+        """
+        whole, draw = self._whole, self._window.draw
+        if whole["mc_samples"] > 1:
+            raise RuntimeError(
+                f"train() draws one sample a step, but mc_samples={whole['mc_samples']}: use "
+                "`with opt.sampled_params(train=True):` several times before `step()`, or "
+                "`opt.step(closure)`"
+            )
+        self._outside("train()")
+        if draw is None and not whole["pending"]:
+            self._new_draw("train")
+        elif draw is None or draw.way != "train":
+            raise RuntimeError("train(), but samples of sampled_params(train=True) wait for step()")
+        elif not draw.live:  # eval() was called in the middle: the same sample again
+            draw.enter(list(draw.slots.values()), whole["store_mean"])
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the mean back without a step; a following ``train()`` takes up the same sample.
+
+        Raises:
+            RuntimeError: inside ``sampled_params``.
+        """
+        self._outside("eval()")
+        if self._window.draw is not None:
+            self._window.draw.leave()
+
+    # -- the step ---------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the posterior from the gradients at its samples; the parameters are then its mean.
+
+        Args:
+            closure: computes the loss with its gradients and returns it. It is called once for
+                each of ``mc_samples`` new samples, or once at the sample that ``train()`` drew.
+
+        Returns:
+            The closure's mean loss; None without a closure.
+
+        Raises:
+            RuntimeError: no sample was drawn, a gradient is sparse, or one changed where it no
+                longer counts. The parameters are the mean then too, and all samples are dropped,
+                as after an exception in the closure.
+
+        A sample without any gradient is dropped with a warning, and one whose gradients overflowed
+        under ``GradScaler`` silently: neither changes any state.
+        """
+        self._outside("step()")
+        try:
+            loss = None if closure is None else self._evaluate(closure)
+            self._update()
+        finally:
+            self._end_window()
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        draw = self._window.draw
+        if draw is not None and draw.live:
+            try:
+                with torch.enable_grad():
+                    return closure()
+            except BaseException:
+                with torch.no_grad():
+                    self._window.drop()
+                raise
+        losses = []
+        for _ in range(self._whole["mc_samples"]):
+            with self.sampled_params(train=True), torch.enable_grad():
+                loss = closure()
+            losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        if len(losses) == 1 or losses[0] is None:
+            return losses[0]
+        return sum(losses[1:], losses[0]) / len(losses)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._window.draw is None and not self._whole["pending"]:
+            return self._first_state()
+        if found_inf is not None and float(found_inf):
+            return None
+        self._close(last=True, checked=scale is not None)
+        slots = [s for s in self._slots() if "grad_sum" in s.state]
+        if found_inf is not None and not all(s.state["grad_sum"].isfinite().all() for s in slots):
+            return None  # of a sample whose gradients the scaler could not see any more
+        if not slots:
+            if not self._warned:
+                warnings.warn(
+                    "IVON.step(): a sample but no gradient; nothing changed", stacklevel=5
+                )
+            self._warned = True
+            return None
+        factor = (
+            1 / self._whole["pending"] if scale is None else 1 / (self._whole["pending"] * scale)
+        )
+        for run in by_group(slots):
+            group = run[0].group
+            square = factor if group["hess_approx"] == "price" or scale is None else factor / scale
+            means = [mean_at_rest(s) for s in run]
+            self._ops.update(
+                means,
+                [s.state["grad_sum"] * factor for s in run],
+                [s.state["product_sum"] * square for s in run],
+                *([s.state[k] for s in run] for k in ("momentum", "hess", "step")),
+                **{k: group[k] for k in groups.SETTINGS},
+            )
+            for slot, mean in zip(run, means, strict=True):
+                slot.state.pop("rounded", None)
+                if low_precision(slot.param):
+                    slot.param.copy_(mean)
+        torch.clear_autocast_cache()
+        return None
+
+    @torch.no_grad()
+    def _end_window(self) -> None:
+        self._window.end(self.state.values())
+        groups.count(self.param_groups, "pending", -self._whole["pending"])
+
+    def _first_state(self) -> None:
+        """Allow the step without a sample that distributed checkpointing makes to get a state."""
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        learns = any(group["lr"] != 0 for group in self.param_groups)
+        if self.state or learns or any(grad.any() for grad in grads):
+            raise RuntimeError(NO_SAMPLE)
+        self._slots()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients. Those of a sample that waits for ``step()`` are not lost.
+
+        But ``model.zero_grad(set_to_none=False)`` writes zeros into them, which counts as a change.
+        """
+        draw = self._window.draw
+        if draw is not None and not set_to_none:
+            for p, (held, _) in draw.held.items():
+                if p.grad is held:
+                    p.grad = torch.zeros_like(held)
+        super().zero_grad(set_to_none)
+
+    # -- checkpoints, copies, the posterior -------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-exact resume needs beside the parameters' mean, never a perturbed weight.
+
+        In the middle of a window, finished samples are held as their sums (``grad_sum``,
+        ``product_sum`` in the state, their number as ``pending`` in the groups) and a live one is
+        drawn again after loading.
+        """
+        hook = self.register_state_dict_post_hook(
+            lambda _, saved: checkpoint.add_window(saved, self._window), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; every tensor keeps its dtype and values, and moves to its parameter.
+
+        A sample that stands in the parameters is dropped first.
+
+        Raises:
+            ValueError: the groups or the shapes are those of other parameters.
+            RuntimeError: inside ``sampled_params``.
+        """
+        self._outside("load_state_dict()")
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> None:
+            checkpoint.check(self.param_groups, given)
+            self._end_window()
+            loaded.update(given)
+
+        hook = self.register_load_state_dict_pre_hook(check)  # the last one: what it sees is loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for p, number, group in checkpoint.matched(self.param_groups, loaded):
+            for name, value in loaded["state"].get(number, {}).items():  # torch cast it like p
+                if isinstance(value, Tensor):
+                    on = "cpu" if name == "step" and not group["capturable"] else p.device
+                    self.state[p][name] = value.to(on, copy=True)
+        if self._whole["pending"] and not any("grad_sum" in s for s in self.state.values()):
+            self._end_window()
+            lost = "the checkpoint lost the sums of its unfinished window; its samples are dropped"
+            warnings.warn(lost, stacklevel=3)
+        groups.share_counters(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._window.draw is not None:
+            raise RuntimeError(
+                "cannot copy or pickle IVON while a sample waits for step(): call step() first"
+            )
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._reset(self.defaults["fused"])
+
+    @torch.no_grad()
+    def posterior(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> Posterior:
+        """The posterior N(m, 1/(λ(h+δ))) over the trained parameters, under their model's names.
+
+        Args:
+            model: the module, or its ``named_parameters()``. Wrappers' prefixes are dropped. Of a
+                module, buffers and untrained parameters come along, so that a saved posterior can
+                predict in a new process.
+
+        Before the first step the Hessian is ``hess_init``.
+
+        Raises:
+            ValueError: a trained parameter is not the model's.
+        """
+        buffers: dict[str, Tensor] = {}
+        if isinstance(model, nn.Module):
+            buffers.update(model.named_buffers())
+            named = model.named_parameters()
+        else:
+            named = model
+        names = {p: name for name, p in named}
+        mean, precision, prior, strangers = {}, {}, {}, []
+        for slot in self._slots():
+            if slot.param not in names:
+                strangers.append(f"{slot.number} {tuple(slot.param.shape)}")
+                continue
+            name, width = names.pop(slot.param), slot.width
+            ess = width.pop("ess")
+            mean[name] = self._window.mean(slot)
+            precision[name] = curvature(slot.state["hess"], **width) * ess
+            prior[name] = torch.as_tensor(ess * width["weight_decay"], dtype=mean[name].dtype)
+        if strangers:
+            raise ValueError(
+                f"the model lacks parameters that the optimizer trains (number, shape): "
+                f"{', '.join(strangers[:5])}. Pass the model that it was built for."
+            )
+        if isinstance(model, nn.Module):
+            buffers.update((name, p) for p, name in names.items())  # not trained
+        sizes = {group["ess"] for group in self.param_groups}
+        return Posterior(
+            mean,
+            precision,
+            prior_precision=prior,
+            ess=sizes.pop() if len(sizes) == 1 else None,
+            buffers=buffers,
+            settings={"optimizer": "IVON", "groups": [groups.plain(g) for g in self.param_groups]},
+        )

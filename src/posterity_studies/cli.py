@@ -1,0 +1,234 @@
+"""The command line: ``posterity train | compare | evaluate | predict | tune``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from posterity import Posterior, predict
+from posterity_studies import compare, data, runs, train, tune
+from posterity_studies.models import NETWORKS
+from posterity_studies.recipes import Recipe, UserError, recipe
+
+Name = tyro.conf.Positional[str]
+
+
+def _bar(items: Iterable[int], total: int, label: str) -> Iterable[int]:
+    """A progress bar with the time left, on a terminal only."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from items
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        yield from bar.track(items, total, description=label)
+
+
+@dataclass
+class Train:
+    """Train one optimizer with one seed. Run it again after an interruption: it goes on."""
+
+    recipe: Name
+    """fashion-mnist, or smoke (the same cut to seconds)."""
+    optimizer: str = "ivon"
+    """adamw, sgd or ivon."""
+    seed: int = 0
+    out: Path | None = None
+    """Folder of the run; default runs/RECIPE/OPTIMIZER-seedSEED."""
+    epochs: int | None = None
+    samples: int | None = None
+    """Posterior samples at test time."""
+    validation: int = 0
+    """Hold out so many training images and evaluate on them instead of the test set."""
+    set: tuple[str, ...] = ()
+    """Settings of the optimizer, as KEY=NUMBER: --set lr=0.3 hess_init=0.05."""
+    quiet: bool = False
+    """Print nothing but errors and the progress bar."""
+
+    def __call__(self) -> None:
+        chosen = _changed(recipe(self.recipe), self.epochs, self.samples)
+        chosen = replace(chosen, validation=self.validation)
+        chosen = chosen.with_settings(self.optimizer, self.set)
+        out = self.out or Path("runs") / chosen.name / f"{self.optimizer}-seed{self.seed}"
+        result = train.train(chosen, self.optimizer, self.seed, out, _bar)
+        if not self.quiet:
+            compare.show([result])
+            print(f"run folder: {out}")
+
+
+@dataclass
+class Compare:
+    """Train AdamW, SGD and IVON alike, print the comparison and write an HTML report."""
+
+    recipe: Name
+    """fashion-mnist, or smoke (the same cut to seconds)."""
+    seeds: tuple[int, ...] = (0,)
+    out: Path | None = None
+    """Folder of the runs and the report; default runs/RECIPE. Finished runs are used again."""
+    epochs: int | None = None
+    samples: int | None = None
+    """Posterior samples at test time."""
+    results: Path | None = None
+    """Folder for copies of the result files, to be committed."""
+
+    def __call__(self) -> None:
+        chosen = _changed(recipe(self.recipe), self.epochs, self.samples)
+        out = self.out or Path("runs") / chosen.name
+        found = compare.run_all(chosen, self.seeds, out)
+        if self.results:
+            for result in found:
+                name = f"{result['settings']['optimizer']}-seed{result['seed']}.json"
+                runs.write_json(self.results / name, result)
+        compare.show(found)
+        report = compare.write_report(chosen, [r for r in found if r["seed"] == self.seeds[0]], out)
+        print(f"report: {report.resolve()}")
+
+
+@dataclass
+class Evaluate:
+    """Evaluate a finished run with any number of posterior samples."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    samples: int = 64
+    """Posterior samples; 0 evaluates at the mean."""
+
+    def __call__(self) -> None:
+        result, model, posterior = _load(self.run, self.samples)
+        chosen = _recipe_of(result)
+        task = train.load_task(chosen)
+        found = train.evaluate(model, posterior, task.test, task.ood, self.samples, _bar)
+        drawn = Table(
+            title=f"{self.run}: " + (f"{self.samples} samples" if posterior else "at the mean"),
+            title_justify="left",
+        )
+        for metric, (heading, form, _) in compare.COLUMNS.items():
+            if metric in found:
+                drawn.add_row(heading, form.format(found[metric]))
+        Console().print(drawn)
+        kept = {k: v for k, v in found.items() if isinstance(v, float)}
+        name = f"evaluation-{self.samples if posterior else 0}.json"
+        runs.write_json(self.run / name, {"samples": self.samples if posterior else 0, **kept})
+
+
+@dataclass
+class Predict:
+    """Classify image files: probabilities, and how unsure the model is."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """PNG or JPEG files; light on dark, as in the data."""
+    samples: int = 64
+    """Posterior samples; 0 predicts at the mean."""
+
+    def __call__(self) -> None:
+        if not self.images:
+            raise UserError("predict needs at least one image file")
+        result, model, posterior = _load(self.run, self.samples)
+        known = data.LISTINGS[result["data"]]
+        pixels = torch.stack([data.read_image(path) for path in self.images])
+        inputs = known.normalise(pixels)
+        found = predict(model, posterior, inputs, samples=self.samples)
+        drawn = Table(title_justify="left")
+        for heading in ("image", "most probable classes", "entropy", "mutual information"):
+            drawn.add_column(heading)
+        for path, probs, entropy, information in zip(
+            self.images, found.probs, found.entropy, found.mutual_information, strict=True
+        ):
+            top = probs.topk(3)
+            classes = ", ".join(
+                f"{known.class_names[i]} {p:.1%}"
+                for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            )
+            drawn.add_row(path.name, classes, f"{entropy:.3f}", f"{information:.3f}")
+        Console().print(drawn)
+
+
+@dataclass
+class Tune:
+    """Search each optimizer's settings on a validation split, with as many trials for each."""
+
+    recipe: Name
+    trials: int = 8
+    """Trials for each optimizer."""
+    jobs: int = 2
+    """Trials at a time; the processor's cores are divided among them."""
+    out: Path | None = None
+    """Folder of the trials; default runs/tune/RECIPE. Finished trials are not run again."""
+    results: Path | None = None
+    """Where to write the search's table as JSON."""
+
+    def __call__(self) -> None:
+        if self.trials < 1 or self.jobs < 1:
+            raise UserError("tune needs trials >= 1 and jobs >= 1")
+        chosen = recipe(self.recipe)
+        out = self.out or Path("runs/tune") / chosen.name
+        found = tune.tune(chosen, self.trials, self.jobs, out)
+        runs.write_json(self.results or out / "tune.json", found)
+        for optimizer in chosen.optimizers:
+            best = found[optimizer]["trials"][0]
+            print(f"{optimizer}: {best['settings']}, validation {best['validation']}")
+
+
+def _changed(chosen: Recipe, epochs: int | None, samples: int | None) -> Recipe:
+    given = {"epochs": epochs, "samples": samples}
+    return replace(chosen, **{k: v for k, v in given.items() if v is not None})
+
+
+def _recipe_of(result: dict) -> Recipe:
+    given = ("epochs", "batch_size", "samples", "validation", "train_limit")
+    return replace(recipe(result["name"]), **{k: result[k] for k in given})
+
+
+def _load(run: Path, samples: int) -> tuple[dict, torch.nn.Module, Posterior | None]:
+    """A finished run's result, its model at the mean, and its posterior if there is one."""
+    if samples < 0:
+        raise UserError("--samples must be 0 (at the mean) or more")
+    if not run.is_dir():
+        raise UserError(f"{run} is no folder of a run")
+    result = runs.read_json(run / "result.json")
+    model = NETWORKS[result["network"]](len(data.LISTINGS[result["data"]].class_names))
+    try:
+        model.load_state_dict(runs.read_tensors(run / "model.safetensors"))
+    except RuntimeError as error:
+        raise UserError(
+            f"{run / 'model.safetensors'} fits no {result['network']}: {error}"
+        ) from None
+    path = run / "posterior.safetensors"
+    return result, model, Posterior.load(path) if samples and path.exists() else None
+
+
+def main() -> None:
+    """Run the command line; wrong input ends in one line and exit code 2."""
+    commands = {
+        "train": Train,
+        "compare": Compare,
+        "evaluate": Evaluate,
+        "predict": Predict,
+        "tune": Tune,
+    }
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="posterity",
+        description="Variational learning of deep networks, tried on real data.",
+    )
+    try:
+        command()
+    except KeyboardInterrupt:
+        print(
+            "\nposterity: interrupted; the same command goes on from the last epoch",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except (UserError, data.DataError, ValueError, OSError) as error:
+        print(f"posterity: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,145 @@
+"""The optimizers side by side: runs in processes of their own, a table, a report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+from rich.console import Console
+from rich.table import Table
+
+from posterity_studies import runs
+from posterity_studies.recipes import Recipe, UserError
+from posterity_studies.report import Entry, write_comparison
+from posterity_studies.train import finished, load_task
+
+LABELS = {"adamw": "AdamW", "sgd": "SGD", "ivon": "IVON"}
+COLUMNS = {  # metric → heading, format, which end is better
+    "accuracy": ("accuracy", "{:.2%}", max),
+    "nll": ("NLL", "{:.4f}", min),
+    "ece": ("ECE", "{:.4f}", min),
+    "brier": ("Brier", "{:.4f}", min),
+    "ood_auroc": ("OOD AUROC", "{:.4f}", max),
+    "ood_fpr_at_95": ("OOD FPR@95", "{:.4f}", min),
+    "seconds_per_epoch": ("s/epoch", "{:.1f}", min),
+    "peak_memory_mib": ("peak MiB", "{:.0f}", min),
+}
+
+
+def run_folder(out: Path, optimizer: str, seed: int) -> Path:
+    """Where a comparison keeps a run."""
+    return out / f"{optimizer}-seed{seed}"
+
+
+def run_all(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[dict[str, Any]]:
+    """Train what is not trained yet, each run in a process of its own so that its memory counts.
+
+    Raises:
+        UserError: a run failed; what it printed stands above.
+    """
+    results = []
+    for seed in seeds:
+        for optimizer in recipe.optimizers:
+            folder = run_folder(out, optimizer, seed)
+            if result := finished(recipe, optimizer, seed, folder):
+                results.append(result)
+                continue
+            command = [sys.executable, "-m", "posterity_studies", "train", recipe.name]
+            command += ["--optimizer", optimizer, "--seed", str(seed), "--out", str(folder)]
+            command += ["--epochs", str(recipe.epochs), "--samples", str(recipe.samples), "--quiet"]
+            code = subprocess.run(command).returncode
+            if code:
+                raise UserError(f"the run in {folder} ended with exit code {code}")
+            results.append(runs.read_json(folder / "result.json"))
+    return results
+
+
+def rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Label, optimizer and evaluation of every row of the table."""
+    optimizers: list[str] = [r["settings"]["optimizer"] for r in results]
+    for optimizer in dict.fromkeys(optimizers):
+        first = next(r for r in results if r["settings"]["optimizer"] == optimizer)
+        label = LABELS.get(optimizer, optimizer)
+        sampled = "samples" in first["evaluations"]
+        yield (f"{label} at the mean" if sampled else label), optimizer, "mean"
+        if sampled:
+            yield f"{label}, {first['samples']} samples", optimizer, "samples"
+
+
+def values(results: Sequence[dict[str, Any]], optimizer: str, evaluation: str) -> dict[str, list]:
+    """Each metric of a row, one value a seed."""
+    mine = [r for r in results if r["settings"]["optimizer"] == optimizer]
+    flat = [{**r, **r["evaluations"][evaluation]} for r in mine]
+    return {metric: [r[metric] for r in flat] for metric in COLUMNS}
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """The comparison; over several seeds mean ± standard deviation. The best is bold."""
+    first = results[0]
+    seeds = sorted({r["seed"] for r in results})
+    drawn = Table(
+        title=f"{first['name']}: {first['epochs']} epochs, batch {first['batch_size']}, "
+        f"{first['parameters']:,} parameters, OOD {first['ood']}, "
+        + (f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds (mean ± s.d.)"),
+        title_justify="left",
+    )
+    drawn.add_column("")
+    for heading, _, better in COLUMNS.values():
+        drawn.add_column(f"{heading} {'↑' if better is max else '↓'}", justify="right")
+    found = {label: values(results, *row) for label, *row in rows(results)}
+    best = {
+        metric: better(numpy.mean(v[metric]) for v in found.values())
+        for metric, (_, _, better) in COLUMNS.items()
+    }
+    for label, row in found.items():
+        cells = []
+        for metric, (_, form, _) in COLUMNS.items():
+            mean = numpy.mean(row[metric])
+            cell = form.format(mean)
+            if len(seeds) > 1:
+                cell += " ± " + form.format(numpy.std(row[metric], ddof=1))
+            cells.append(f"[bold]{cell}[/bold]" if mean == best[metric] else cell)
+        drawn.add_row(label, *cells)
+    return drawn
+
+
+def write_report(recipe: Recipe, results: Sequence[dict[str, Any]], out: Path) -> Path:
+    """The HTML report of one seed's runs."""
+    task = load_task(recipe)
+    entries, curves_shown = [], set()
+    for label, optimizer, evaluation in rows(results):
+        result = next(r for r in results if r["settings"]["optimizer"] == optimizer)
+        folder = run_folder(out, optimizer, result["seed"])
+        saved = runs.read_tensors(folder / "predictions.safetensors")
+        row = values([result], optimizer, evaluation)
+        entries.append(
+            Entry(
+                label=label,
+                metrics={metric: row[metric][0] for metric in COLUMNS},
+                curve={} if optimizer in curves_shown else result["curve"],
+                probs=saved[f"{evaluation}.probs"],
+                ood_probs=saved[f"{evaluation}.ood_probs"],
+            )
+        )
+        curves_shown.add(optimizer)
+    return write_comparison(
+        out / "report.html",
+        title=f"{' · '.join(LABELS[o] for o in recipe.optimizers)} on {recipe.data}",
+        entries=entries,
+        targets=task.test[1],
+        class_names=task.class_names,
+        images=task.images,
+        provenance=results[-1]["provenance"],
+        ood_name=recipe.ood,
+        data_name=recipe.data,
+    )
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """Print the table, as wide as it needs to be where nobody watches."""
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table(results))

@@ -1,0 +1,25 @@
+"""The networks of the studies. To add one, write a function and name it in ``NETWORKS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def conv_small(classes: int = 10) -> nn.Module:
+    """Two convolutions (16 and 32 channels) and two dense layers for 28×28 images: 207k weights.
+
+    Pooling before the ReLU gives the same values for a quarter of its work; channels-last memory
+    is more than twice as fast on a CPU.
+    """
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, classes)),
+    )
+    return nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {"conv_small": conv_small}

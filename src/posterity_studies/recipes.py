@@ -1,0 +1,184 @@
+"""Recipes: what to train, on what, with which settings. Variants `replace` a base.
+
+Each optimizer's settings are those that `posterity tune` found on a validation split, with the
+same number of trials for each; the search is committed beside the results it led to
+(``results/fashion-mnist/tune.json``) and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, get_type_hints
+
+import torch
+from torch import nn
+
+from posterity import IVON
+
+
+class UserError(Exception):
+    """Wrong input: its message is all that the user needs to see."""
+
+
+@dataclass(frozen=True)
+class Adamw:
+    """AdamW, PyTorch's fused implementation."""
+
+    lr: float
+    weight_decay: float
+    beta2: float = 0.999
+
+    def build(self, model: nn.Module, n_train: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        betas = (0.9, self.beta2)
+        return torch.optim.AdamW(
+            model.parameters(), self.lr, betas=betas, weight_decay=self.weight_decay, fused=True
+        )
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """SGD with momentum, PyTorch's fused implementation."""
+
+    lr: float
+    weight_decay: float
+    momentum: float = 0.9
+
+    def build(self, model: nn.Module, n_train: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return torch.optim.SGD(
+            model.parameters(),
+            self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
+
+@dataclass(frozen=True)
+class Ivon:
+    """IVON with λ = N, the number of training examples; ``memory`` is 1/(1−β2), in steps."""
+
+    lr: float
+    hess_init: float
+    weight_decay: float
+    memory: float = 1e4
+
+    def build(self, model: nn.Module, n_train: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return IVON(
+            model.parameters(),
+            self.lr,
+            ess=n_train,
+            hess_init=self.hess_init,
+            betas=(0.9, 1 - 1 / self.memory),
+            weight_decay=self.weight_decay,
+            seed=seed,
+        )
+
+
+Settings = Adamw | Sgd | Ivon
+Range = tuple[float, float]  # of a logarithmic search
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment: data, network, length, and settings for each optimizer."""
+
+    name: str
+    data: str
+    ood: str
+    network: str
+    epochs: int
+    optimizers: dict[str, Settings]
+    search: dict[str, dict[str, Range]] = field(repr=False)
+    batch_size: int = 128
+    warmup: float = 0.05  # share of all steps; cosine decay to zero after
+    samples: int = 64  # of the posterior, at test time
+    validation: int = 0  # training images held out; the test set is then not touched
+    train_limit: int | None = None  # use only so many training images
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 1 or self.samples < 0:
+            raise UserError("a recipe needs epochs >= 1, batch_size >= 1 and samples >= 0")
+
+    def with_settings(self, optimizer: str, overrides: Iterable[str]) -> Recipe:
+        """This recipe with ``key=value`` overrides of one optimizer's settings.
+
+        Raises:
+            UserError: an unknown optimizer or key, or a value that is no number.
+        """
+        settings = self.settings(optimizer)
+        changes: dict[str, Any] = {}
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key not in {f.name for f in fields(settings)}:
+                known = ", ".join(f.name for f in fields(settings))
+                raise UserError(f"{optimizer} has no setting {key!r}; there are {known}")
+            try:
+                changes[key] = get_type_hints(type(settings))[key](value)
+            except ValueError:
+                raise UserError(f"{override!r}: expected {key}=NUMBER") from None
+        return replace(
+            self, optimizers={**self.optimizers, optimizer: replace(settings, **changes)}
+        )
+
+    def settings(self, optimizer: str) -> Settings:
+        """One optimizer's settings.
+
+        Raises:
+            UserError: an unknown optimizer.
+        """
+        if optimizer not in self.optimizers:
+            raise UserError(f"no optimizer {optimizer!r}; there are {', '.join(self.optimizers)}")
+        return self.optimizers[optimizer]
+
+
+def fashion_mnist() -> Recipe:
+    """Fashion-MNIST with a small convolutional network; MNIST is what it has not seen."""
+    return Recipe(
+        name="fashion-mnist",
+        data="fashion-mnist",
+        ood="mnist",
+        network="conv_small",
+        epochs=12,
+        optimizers={
+            "adamw": Adamw(lr=2e-3, weight_decay=0.05),
+            "sgd": Sgd(lr=0.05, weight_decay=5e-4),
+            "ivon": Ivon(lr=0.5, hess_init=0.05, weight_decay=1e-3),
+        },
+        search={
+            "adamw": {"lr": (1e-3, 6e-3), "weight_decay": (3e-2, 1.0)},
+            "sgd": {"lr": (2e-2, 0.2), "weight_decay": (3e-4, 3e-3)},
+            "ivon": {"lr": (0.3, 1.0), "hess_init": (3e-2, 0.3), "weight_decay": (3e-4, 3e-3)},
+        },
+    )
+
+
+def smoke() -> Recipe:
+    """`fashion-mnist` cut to seconds: two epochs on 2,000 images, for tests."""
+    base = fashion_mnist()
+    ivon = Ivon(lr=0.3, hess_init=0.5, weight_decay=1e-3)  # fewer examples: a wider posterior
+    return replace(
+        base,
+        name="smoke",
+        epochs=2,
+        train_limit=2000,
+        samples=4,
+        optimizers={**base.optimizers, "ivon": ivon},
+    )
+
+
+RECIPES = {"fashion-mnist": fashion_mnist, "smoke": smoke}
+
+
+def recipe(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in RECIPES:
+        raise UserError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]()

@@ -1,0 +1,132 @@
+"""A run folder: configuration, checkpoints, metrics, result. Written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import posterity
+from posterity_studies.recipes import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` when the block ends well, and vanishes when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(path: Path, load: Callable[[Path], Any]) -> Any:
+    """Read a file of a run folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return load(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: is {path.parent} the folder of a finished run?"
+        ) from None
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON of a run folder; UserError where it is missing or damaged."""
+    return read(path, lambda p: json.loads(p.read_text()))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, atomically."""
+    with replacing(path) as temporary:
+        plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        safetensors.torch.save_file(plain, temporary)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of a run folder; UserError where it is missing or damaged."""
+    return read(path, safetensors.torch.load_file)
+
+
+def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a training checkpoint, atomically."""
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint without running code from it; UserError where it is damaged."""
+    return read(path, lambda p: torch.load(p, weights_only=True))
+
+
+def digest(content: Any) -> str:
+    """A short name for a configuration."""
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def provenance(seed: int, data_digest: str) -> dict[str, str]:
+    """What made a result: code, versions, machine, data, seed, time."""
+    return {
+        "seed": str(seed),
+        "data": data_digest,
+        "git": git_hash(),
+        "posterity": posterity.__version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "device": f"{processor()}, {torch.get_num_threads()} threads",
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def git_hash() -> str:
+    """The commit of the code that runs, with ``+`` for local changes; or ``unknown``."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *command: subprocess.run(  # noqa: E731
+            ["git", *command], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = run("status", "--porcelain", "--untracked-files=no", "--", str(here.parent))
+        return run("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

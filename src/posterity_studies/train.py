@@ -1,0 +1,341 @@
+"""The one train-and-evaluate loop: a recipe, an optimizer, a seed → a run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posterity import IVON, Posterior, metrics, predict
+from posterity_studies import data, runs
+from posterity_studies.models import NETWORKS
+from posterity_studies.recipes import Recipe, UserError
+
+EVAL_BATCH = 250  # small enough for a CPU's cache
+
+Progress = Callable[[Iterable[int], int, str], Iterable[int]]  # (items, how many, label) → items
+
+
+def silent(items: Iterable[int], total: int, label: str) -> Iterable[int]:
+    """No progress bar."""
+    return items
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """The arrays of a recipe: inputs are normalised, ``images`` are the test inputs as pixels."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    ood: Tensor
+    images: Tensor
+    class_names: tuple[str, ...]
+    digest: str
+
+
+def load_task(recipe: Recipe) -> Task:
+    """Load a recipe's data; with ``validation`` the last training images stand in for the test.
+
+    Raises:
+        UserError: more validation images than there are training images.
+    """
+    known, unknown = data.load(recipe.data), data.load(recipe.ood)
+    images, targets = known.train.inputs, known.train.targets
+    test_images, test_targets = known.test.inputs, known.test.targets
+    if not 0 <= recipe.validation < len(targets):
+        raise UserError(f"--validation must leave some of the {len(targets)} training images")
+    if recipe.validation:
+        test_images, test_targets = images[-recipe.validation :], targets[-recipe.validation :]
+        images, targets = images[: -recipe.validation], targets[: -recipe.validation]
+    images, targets = images[: recipe.train_limit], targets[: recipe.train_limit]
+    return Task(
+        train=(known.normalise(images), targets),
+        test=(known.normalise(test_images), test_targets),
+        ood=known.normalise(unknown.test.inputs),
+        images=test_images,
+        class_names=known.class_names,
+        digest=f"{known.digest} {unknown.digest}",
+    )
+
+
+def configuration(recipe: Recipe, optimizer: str, seed: int) -> dict[str, Any]:
+    """All that decides a run's bits, as plain values."""
+    settings = {"optimizer": optimizer, **asdict(recipe.settings(optimizer))}
+    rest = {k: v for k, v in asdict(recipe).items() if k not in ("optimizers", "search")}
+    return json.loads(json.dumps({**rest, "settings": settings, "seed": seed}))
+
+
+def finished(recipe: Recipe, optimizer: str, seed: int, folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run; None where there is none yet.
+
+    Raises:
+        UserError: the folder holds a run with other settings, or something else.
+    """
+    if (folder / "config.json").exists():
+        if runs.read_json(folder / "config.json") != configuration(recipe, optimizer, seed):
+            raise UserError(
+                f"{folder} holds a run with other settings: choose another --out, or remove it"
+            )
+        if (folder / "result.json").exists():
+            return runs.read_json(folder / "result.json")
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run: choose another --out")
+    return None
+
+
+def batches(n: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """An epoch's order: a pure function of seed and epoch, so that a resumed run repeats it."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(n, generator=generator).split(size)
+
+
+def train(
+    recipe: Recipe, optimizer: str, seed: int, folder: Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Train one optimizer with one seed; a finished run is returned, a killed one goes on.
+
+    Writes ``config.json``, ``metrics.jsonl`` (a line a step, and one an epoch), ``checkpoint.pt``
+    while it runs, then ``model.safetensors``, ``posterior.safetensors`` (IVON),
+    ``predictions.safetensors`` and, last, ``result.json``.
+
+    Raises:
+        UserError: the folder holds another run, or a damaged file.
+    """
+    result = finished(recipe, optimizer, seed, folder)
+    if result is not None:
+        return result
+    config = configuration(recipe, optimizer, seed)
+    task = load_task(recipe)
+    torch.manual_seed(seed)
+    model = NETWORKS[recipe.network](len(task.class_names))
+    n = len(task.train[1])
+    opt = recipe.settings(optimizer).build(model, n, seed)
+    runs.write_json(folder / "config.json", config)  # nothing is written for wrong settings
+    steps = recipe.epochs * math.ceil(n / recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, _warmup_cosine(recipe.warmup * steps, steps))
+    log = _Log(folder / "metrics.jsonl")
+    _forget_peak_memory()
+    done, seconds = _resume(folder / "checkpoint.pt", model, opt, schedule, log)
+    for epoch in range(done, recipe.epochs):
+        order = batches(n, recipe.batch_size, seed, epoch)
+        bar = progress(range(len(order)), len(order), f"{optimizer} epoch {epoch + 1}")
+        seconds.append(_epoch(model, opt, schedule, task.train, order, epoch, bar, log))
+        at_mean = evaluate(model, None, task.test)
+        log.write({"epoch": epoch + 1, "nll": at_mean["nll"], "accuracy": at_mean["accuracy"]})
+        checkpoint = {
+            "model": model.state_dict(),
+            "optimizer": opt.state_dict(),
+            "schedule": schedule.state_dict(),
+            "epoch": epoch + 1,
+            "seconds": seconds,
+            "log": log.position,
+        }
+        runs.write_checkpoint(folder / "checkpoint.pt", checkpoint)
+    peak = _peak_memory()
+    result = {
+        **config,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds_per_epoch": sorted(seconds)[len(seconds) // 2],
+        "peak_memory_mib": peak,
+        **_finish(recipe, task, model, opt, seed, folder, progress),
+        "curve": log.curve(),
+        "provenance": runs.provenance(seed, task.digest),
+    }
+    runs.write_json(folder / "result.json", result)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return result
+
+
+def _epoch(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    train: tuple[Tensor, Tensor],
+    order: tuple[Tensor, ...],
+    epoch: int,
+    bar: Iterable[int],
+    log: _Log,
+) -> float:
+    """One pass over the data; how long it took, in seconds."""
+    inputs, targets = train
+    model.train()
+    losses = []
+    start = time.perf_counter()
+    for i in bar:
+        x, y = inputs[order[i]], targets[order[i]]
+        with opt.sampled_params(train=True) if isinstance(opt, IVON) else nullcontext():
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+        opt.step()
+        losses.append((loss.detach(), schedule.get_last_lr()[0]))
+        schedule.step()
+    seconds = time.perf_counter() - start
+    first = epoch * len(order) + 1
+    log.write(
+        *({"step": first + i, "loss": x.item(), "lr": lr} for i, (x, lr) in enumerate(losses))
+    )
+    return seconds
+
+
+def _forget_peak_memory() -> None:
+    """Start the peak afresh, so that it is training's and not that of loading the data."""
+    with suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> float:
+    """The process's largest resident memory, in MiB."""
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    return factor
+
+
+def _resume(
+    path: Path,
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    log: _Log,
+) -> tuple[int, list[float]]:
+    """Take up the last checkpoint; epochs done, and the seconds each took."""
+    if not path.exists():
+        log.truncate(0)
+        return 0, []
+    saved = runs.read_checkpoint(path)
+    model.load_state_dict(saved["model"])
+    opt.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    log.truncate(saved["log"])
+    return saved["epoch"], saved["seconds"]
+
+
+def _finish(
+    recipe: Recipe,
+    task: Task,
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Save the model and its posterior; the evaluations, by name."""
+    runs.write_tensors(folder / "model.safetensors", model.state_dict())
+    rows: dict[str, Posterior | None] = {"mean": None}
+    if isinstance(opt, IVON):
+        posterior = opt.posterior(model)
+        posterior.save(folder / "posterior.safetensors")
+        if recipe.samples:
+            rows["samples"] = posterior
+    evaluations, predictions = {}, {}
+    ood = None if recipe.validation else task.ood  # nothing is chosen by what is unknown
+    for name, posterior in rows.items():
+        found = evaluate(model, posterior, task.test, ood, recipe.samples, progress)
+        for key in ("probs", "ood_probs"):
+            if key in found:
+                predictions[f"{name}.{key}"] = found.pop(key).float()
+        evaluations[name] = found
+    runs.write_tensors(folder / "predictions.safetensors", predictions)
+    return {"evaluations": evaluations}
+
+
+def evaluate(
+    model: nn.Module,
+    posterior: Posterior | None,
+    test: tuple[Tensor, Tensor],
+    ood: Tensor | None = None,
+    samples: int = 64,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Metrics on the test set and, with ``ood``, of telling it apart; then the probabilities too.
+
+    Args:
+        model: the network; with ``posterior=None`` its weights as they stand are used.
+        test: normalised inputs and targets.
+        ood: inputs of another data set; the score is the largest class probability.
+        samples: of the posterior.
+    """
+    together = test[0] if ood is None else torch.cat([test[0], ood])
+    count = samples if posterior else 1
+    prediction = predict(
+        model,
+        posterior,
+        together,
+        samples=count,
+        batch_size=EVAL_BATCH,
+        progress=lambda items: progress(items, count, "posterior samples"),
+    )
+    n, targets = len(test[1]), test[1]
+    probs = prediction.probs[:n]
+    if not prediction.probs.isfinite().all():
+        raise UserError("the training diverged: the model's outputs are not finite. Lower the lr")
+    found: dict[str, Any] = {
+        "accuracy": metrics.accuracy(probs, targets),
+        "nll": metrics.nll(probs, targets),
+        "ece": metrics.ece(probs, targets, bins=20),
+        "brier": metrics.brier(probs, targets),
+    }
+    if ood is not None:
+        ood_probs = prediction.probs[n:]
+        scores = probs.amax(1), ood_probs.amax(1)
+        found["ood_auroc"] = metrics.auroc(*scores)
+        found["ood_fpr_at_95"] = metrics.fpr_at_95(*scores)
+        found["ood_probs"] = ood_probs
+    return found | {"probs": probs}
+
+
+class _Log:
+    """``metrics.jsonl``: a line a step and a line an epoch; cut back to a checkpoint on resume."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def position(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def truncate(self, position: int) -> None:
+        """Forget what came after a checkpoint."""
+        with self.path.open("ab") as file:
+            file.truncate(position)
+
+    def write(self, *lines: dict[str, float]) -> None:
+        """Append lines."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def curve(self) -> dict[str, list[float]]:
+        """Per epoch: mean training loss, and test NLL and accuracy at the mean."""
+        curve: dict[str, list[float]] = {
+            "epoch": [], "train_loss": [], "test_nll": [], "test_accuracy": []
+        }  # fmt: skip
+        losses = []
+        for line in map(json.loads, self.path.read_text().splitlines()):
+            if "step" in line:
+                losses.append(line["loss"])
+                continue
+            curve["epoch"].append(line["epoch"])
+            curve["train_loss"].append(sum(losses) / len(losses))
+            curve["test_nll"].append(line["nll"])
+            curve["test_accuracy"].append(line["accuracy"])
+            losses = []
+        return curve

@@ -1,0 +1,320 @@
+"""The command line on small data in the real format: whole processes, kills, wrong input."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from posterity_studies import cli, compare, data, recipes, runs, train, tune
+from posterity_studies.data import cache
+from posterity_studies.recipes import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A cache with small sets under the real names, and the environment that uses it."""
+    home = tmp_path_factory.mktemp("data")
+    generator = numpy.random.default_rng(0)
+    patterns = generator.integers(0, 256, (10, 28, 28))
+    listings = {}
+    patch = pytest.MonkeyPatch()
+    patch.setenv("POSTERITY_DATA", str(home))
+    for name in ("fashion-mnist", "mnist"):
+        arrays = {}
+        for split, n in (("train", 600), ("test", 100)):
+            targets = generator.integers(0, 10, n)
+            noisy = 0.5 * patterns[targets] + 0.5 * generator.integers(0, 256, (n, 28, 28))
+            arrays[f"{split}.inputs"] = noisy.astype(numpy.uint8)
+            arrays[f"{split}.targets"] = targets
+        cache.write(name, arrays, "made for a test")
+        listings[name] = replace(data.LISTINGS[name], digest=cache.digest(arrays))
+    (home / "sitecustomize.py").write_text(
+        "import json, pathlib, sys\n"
+        "from dataclasses import replace\n"
+        "from posterity_studies import data\n"
+        f"for name, digest in { ({k: v.digest for k, v in listings.items()})!r}.items():\n"
+        "    data.LISTINGS[name] = replace(data.LISTINGS[name], digest=digest)\n"
+    )
+    patch.setattr(data, "LISTINGS", listings)
+    yield home
+    patch.undo()
+
+
+@pytest.fixture
+def environment(folder):
+    paths = [str(folder), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "COLUMNS": "150"}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "posterity_studies", *map(str, arguments)]
+
+
+@pytest.fixture
+def call(folder, capsys, monkeypatch):
+    """The command line in this process: exit code, what it printed, what it said of errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["posterity", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
+
+
+def posterity(environment, *arguments):
+    return subprocess.run(
+        command(*arguments), env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A finished IVON run."""
+    out = tmp_path_factory.mktemp("runs") / "ivon"
+    train.train(recipes.recipe("smoke"), "ivon", 0, out)
+    return out
+
+
+def one_line(done):
+    """The error of a wrong call: one line, exit code 2, nothing else."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("posterity: error: ")
+    return done.stderr
+
+
+def test_run_folder_holds_what_it_should(run):
+    assert {p.name for p in run.iterdir()} == {
+        *("config.json", "metrics.jsonl", "model.safetensors", "posterior.safetensors"),
+        *("predictions.safetensors", "result.json"),
+    }
+    result = runs.read_json(run / "result.json")
+    assert result["provenance"].keys() >= {"seed", "git", "torch", "device", "data", "finished"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "step" in x] == list(range(1, 11))  # 5 batches × 2 epochs
+    assert [x["epoch"] for x in lines if "epoch" in x] == [1, 2]
+    assert result["curve"]["epoch"] == [1, 2]
+    assert result["evaluations"].keys() == {"mean", "samples"}
+
+
+def test_result_is_that_of_its_predictions(run):
+    saved = runs.read_tensors(run / "predictions.safetensors")
+    targets = data.load("fashion-mnist").test.targets
+    found = runs.read_json(run / "result.json")["evaluations"]["samples"]
+    probs = saved["samples.probs"].double()
+    assert found["accuracy"] == pytest.approx((probs.argmax(1) == targets).double().mean().item())
+    likelihood = probs[torch.arange(len(targets)), targets]
+    assert found["nll"] == pytest.approx(-likelihood.log().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "ivon"])
+def test_killed_run_resumes_to_the_same_bits(optimizer, environment, tmp_path):
+    arguments = ["--optimizer", optimizer, "--epochs", 6, "--samples", 2, "--quiet"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert posterity(environment, "train", "smoke", *arguments, "--out", whole).returncode == 0
+    process = subprocess.Popen(
+        command("train", "smoke", *arguments, "--out", killed), env=environment
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result.json").exists(), "the run ended before it could be killed"
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # a line that the kill cut short
+    assert posterity(environment, "train", "smoke", *arguments, "--out", killed).returncode == 0
+    for name in ("model.safetensors", "metrics.jsonl", "predictions.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
+def test_interrupt_says_how_to_go_on(environment, tmp_path):
+    out = tmp_path / "run"
+    arguments = command("train", "smoke", "--epochs", 500, "--out", out)
+    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (out / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert "goes on" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+
+
+def test_finished_run_is_not_repeated(run):
+    before = {p: p.stat().st_mtime_ns for p in run.iterdir()}
+    again = train.train(recipes.recipe("smoke"), "ivon", 0, run)
+    assert again == runs.read_json(run / "result.json")
+    assert before == {p: p.stat().st_mtime_ns for p in run.iterdir()}
+
+
+def test_other_settings_do_not_touch_a_run(run):
+    before = {p: p.read_bytes() for p in run.iterdir()}
+    changed = recipes.recipe("smoke").with_settings("ivon", ["lr=0.1"])
+    with pytest.raises(UserError, match="other settings"):
+        train.train(changed, "ivon", 0, run)
+    assert before == {p: p.read_bytes() for p in run.iterdir()}
+
+
+def test_folder_of_something_else_is_refused(tmp_path, folder):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="not empty"):
+        train.train(recipes.recipe("smoke"), "sgd", 0, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "nosuch"),
+        ("train", "smoke", "--optimizer", "nosuch"),
+        ("train", "smoke", "--set", "nosuch=1"),
+        ("train", "smoke", "--set", "lr=fast"),
+        ("train", "smoke", "--epochs", "0"),
+        ("train", "smoke", "--set", "hess_init=-1"),
+        ("train", "smoke", "--validation", "100000"),
+        ("compare", "smoke", "--samples", "-1"),
+        ("evaluate", "nosuch"),
+        ("predict", "nosuch", "x.png"),
+        ("tune", "smoke", "--trials", "0"),
+    ],
+)
+def test_wrong_input_gets_one_line(arguments, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_line(call(*arguments))
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+@pytest.mark.parametrize("name", ["result.json", "model.safetensors", "posterior.safetensors"])
+def test_damaged_run_gets_one_line(name, run, call, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(whole[: len(whole) // 2])
+    assert name in one_line(call("evaluate", copy, "--samples", 2))
+    (copy / name).unlink()
+    if name != "posterior.safetensors":
+        assert name in one_line(call("evaluate", copy, "--samples", 2))
+
+
+def test_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": Path}, path)  # a global that weights_only does not allow
+    with pytest.raises(UserError, match=r"checkpoint\.pt"):
+        runs.read_checkpoint(path)
+
+
+def test_evaluate_agrees_with_the_run(run, call):
+    done = call("evaluate", run, "--samples", 4)
+    assert done.returncode == 0, done.stderr
+    found = runs.read_json(run / "evaluation-4.json")
+    result = runs.read_json(run / "result.json")["evaluations"]["samples"]
+    assert found["nll"] == pytest.approx(result["nll"], rel=1e-6)
+    (run / "evaluation-4.json").unlink()
+
+
+def test_predict_names_the_class(run, call, tmp_path):
+    pixels = data.load("fashion-mnist").test.inputs[0].numpy()
+    Image.fromarray(pixels).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    done = call("predict", run, tmp_path / "good.png", "--samples", 4)
+    assert done.returncode == 0, done.stderr
+    assert "good.png" in done.stdout
+    assert "entropy" in done.stdout
+    assert "bad.png" in one_line(call("predict", run, tmp_path / "good.png", tmp_path / "bad.png"))
+
+
+def test_compare_prints_a_table_and_writes_a_report(environment, call, tmp_path):
+    arguments = ["smoke", "--out", tmp_path / "runs", "--results", tmp_path / "kept"]
+    done = posterity(environment, "compare", *arguments)
+    assert done.returncode == 0, done.stderr
+    for label in ("AdamW", "SGD", "IVON at the mean", "IVON, 4 samples", "OOD AUROC"):
+        assert label in done.stdout
+    assert "IVON, 4 samples" in (tmp_path / "runs/report.html").read_text()
+    names = {p.stem for p in (tmp_path / "kept").iterdir()}
+    assert names == {f"{optimizer}-seed0" for optimizer in ("adamw", "sgd", "ivon")}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/*")}
+    again = call("compare", *arguments)  # finished runs are not run again
+    assert again.stdout == done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/*")}
+    results = [runs.read_json(p) for p in (tmp_path / "kept").iterdir()]
+    twice = [*results, *({**r, "seed": 1, "seconds_per_epoch": 2e9} for r in results)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(compare.table(twice))
+    assert "2 seeds" in (text := console.export_text())
+    assert "±" in text
+    assert "1000000000" in text  # the mean over seeds
+
+
+def test_tune_keeps_the_lowest_validation_nll(environment, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    monkeypatch.setattr(tune, "VALIDATION", 100)
+    smoke = recipes.recipe("smoke")
+    small = replace(smoke, epochs=1, optimizers={"sgd": smoke.optimizers["sgd"]})
+    found = tune.tune(small, n=2, jobs=2, out=tmp_path)
+    trials = found["sgd"]["trials"]
+    assert sorted(t["settings"]["lr"] for t in trials) == sorted(
+        t["lr"] for t in tune.trials(small, "sgd", 2)
+    )
+    assert found["sgd"]["best"] == trials[0]["settings"]
+    assert trials[0]["validation"]["nll"] < trials[1]["validation"]["nll"]
+    assert runs.read_json(tmp_path / "sgd-00/result.json")["validation"] == 100
+
+
+def test_trials_fill_the_search_space():
+    chosen = recipes.recipe("fashion-mnist")
+    for optimizer, space in chosen.search.items():
+        found = tune.trials(chosen, optimizer, 16)
+        assert found[:4] == tune.trials(chosen, optimizer, 4)
+        for key, (low, high) in space.items():
+            inside = [t[key] for t in found]
+            assert all(low <= v <= high for v in inside)
+            middle = (low * high) ** 0.5
+            assert sum(v < middle for v in inside) == 8  # a Sobol sequence is balanced
+
+
+def test_recipe_settings_are_those_that_tune_found():
+    found = json.loads((Path(__file__).parents[2] / "results/fashion-mnist/tune.json").read_text())
+    chosen = recipes.recipe("fashion-mnist")
+    assert found["epochs"] == chosen.epochs
+    budgets = {len(found[optimizer]["trials"]) for optimizer in chosen.optimizers}
+    assert len(budgets) == 1, "not the same budget for every optimizer"
+    for optimizer, settings in chosen.optimizers.items():
+        best = found[optimizer]["best"]
+        assert {key: getattr(settings, key) for key in best} == best
+
+
+def test_order_of_an_epoch_is_a_permutation():
+    order = train.batches(1000, 128, seed=3, epoch=1)
+    assert torch.equal(torch.cat(order).sort().values, torch.arange(1000))
+    assert not torch.equal(order[0], train.batches(1000, 128, seed=3, epoch=2)[0])
+    assert torch.equal(order[0], train.batches(1000, 128, seed=3, epoch=1)[0])
+
+
+def test_committed_results_are_whole():
+    folder = Path(__file__).parents[2] / "results/fashion-mnist"
+    results = [json.loads(p.read_text()) for p in sorted(folder.glob("*-seed*.json"))]
+    assert len(results) == 9
+    assert {r["settings"]["optimizer"] for r in results} == {"adamw", "sgd", "ivon"}
+    for result in results:
+        chosen = recipes.recipe("fashion-mnist")
+        config = train.configuration(chosen, result["settings"]["optimizer"], result["seed"])
+        assert {key: result[key] for key in config} == config
+    assert compare.table(results).row_count == 4

@@ -1,0 +1,739 @@
+"""Faults seen elsewhere, and points that bite: each has a test that it does not occur here."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from posterity import IVON
+from posterity.ops import noise
+from ways import (
+    LR,
+    WAYS,
+    X,
+    Y,
+    assert_same,
+    backward,
+    bits,
+    closure,
+    context,
+    loss,
+    make,
+    network,
+    through_bytes,
+    train,
+    weights,
+)
+
+torch.set_num_threads(1)
+BF16, F64 = torch.bfloat16, torch.float64
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+# -- what breaks in the reference package (paper.md, section 6) ------------------------------------
+
+
+def test_step_counter_is_in_the_state_dict():
+    model, opt = make()
+    for _ in range(3):
+        context(opt, partial(backward, model))
+    saved = through_bytes(opt.state_dict())
+    assert {int(state["step"]) for state in saved["state"].values()} == {3}
+    again, its = make()
+    again.load_state_dict(model.state_dict())
+    its.load_state_dict(saved)
+    for m, o in ((model, opt), (again, its)):
+        context(o, partial(backward, m))  # debiasing by 1 − β1^t would show a lost t
+    assert_same(bits(model, opt), bits(again, its))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_exception_inside_the_context_restores_the_weights(training):
+    model, opt = make()
+    start = weights(model)
+    with pytest.raises(ZeroDivisionError), opt.sampled_params(train=training):  # noqa: PT012
+        loss(model)
+        _ = 1 / 0
+    assert_same(weights(model), start)
+
+
+@each_way
+def test_add_param_group_then_train(way):
+    model, opt = make()
+    way(opt, partial(backward, model))
+    extra = nn.Parameter(torch.ones(2))
+    opt.add_param_group({"params": [extra]})
+    for _ in range(2):
+        way(opt, lambda: (loss(model) + (extra**2).sum()).backward())
+    assert int(opt.state[extra]["step"]) == 2
+    assert (extra < 1).all()
+
+
+@each_way
+def test_parameters_without_gradient_and_frozen_ones_are_left_alone(way):
+    model = network()
+    unused, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3), requires_grad=False)
+    opt = IVON([unused, frozen, *model.parameters()], **LR)
+    seen = []
+    for _ in range(3):
+        way(opt, lambda: (seen.append(frozen.clone()), backward(model))[1])
+    assert all((f == 1).all() for f in seen)  # not perturbed while a sample stands
+    assert (frozen == 1).all()  # not decayed
+    assert (unused == 1).all()
+    assert frozen not in opt.state
+    assert int(opt.state[unused]["step"]) == 0
+
+
+def test_state_is_per_parameter():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, opt = make()
+    context(opt, partial(backward, model))
+    for p in model.parameters():
+        state = opt.state[p]
+        assert state.keys() == {"step", "momentum", "hess"}
+        assert state["momentum"].shape == state["hess"].shape == p.shape
+    saved = get_optimizer_state_dict(model, opt)
+    assert saved["state"].keys() == {name for name, _ in model.named_parameters()}
+    for group in opt.state_dict()["param_groups"]:  # checkpoints by name keep nothing else
+        assert {"seed", "draws", "eval_draws", "pending"} <= group.keys()
+
+
+@each_way
+def test_several_dtypes_in_one_optimizer(way):
+    params = [nn.Parameter(torch.ones(3, dtype=d)) for d in (BF16, torch.float32, F64)]
+    opt = IVON(params, **LR)
+    for _ in range(2):
+        way(opt, lambda: sum((p**2).sum().double() for p in params).backward())
+    assert all((p < 1).all() for p in params)
+    drawn = []
+    with opt.sampled_params():
+        drawn.extend(p.detach().double() for p in params)
+    assert all(bool(d.isfinite().all()) for d in drawn)
+
+
+def test_plain_backward_and_step_is_a_clear_error():
+    model, opt = make()
+    start = weights(model)
+    backward(model)
+    with pytest.raises(RuntimeError, match=r"sampled_params\(train=True\)"):
+        opt.step()
+    assert_same(weights(model), start)
+
+
+def test_step_of_a_closure_samples():
+    model, opt = make(mc_samples=3)
+    mean, seen = weights(model), []
+
+    def evaluate():
+        opt.zero_grad()
+        seen.append(weights(model))
+        return backward(model)
+
+    opt.step(evaluate)
+    assert len(seen) == 3
+    for a, b in itertools.combinations([mean, *seen], 2):
+        assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@each_way
+def test_gradient_accumulation_gives_the_big_batch(way):
+    model, opt = make(dtype=F64)
+    other, expected = make(dtype=F64)
+    thirds = [slice(i, i + 8) for i in (0, 8, 16)]
+    for _ in range(3):
+        way(opt, lambda: sum(backward(model, rows, 1 / 3).detach() for rows in thirds))
+        way(expected, partial(backward, other))
+    for a, b in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_grad_scaler_gives_the_unscaled_values():
+    model, opt = make()
+    other, expected = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for way in (context, train):
+        for _ in range(2):
+            opt.zero_grad()
+            if way is train:
+                opt.train()
+                scaler.scale(loss(model)).backward()
+            else:
+                with opt.sampled_params(train=True):
+                    scaler.scale(loss(model)).backward()
+            scaler.step(opt)
+            scaler.update()
+            way(expected, partial(backward, other))
+    assert_same(bits(model, opt), bits(other, expected))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    here = Path(__file__).parent
+    paths = [str(here), *sys.path]
+    subprocess.run(
+        [sys.executable, str(here / "ranks.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+        check=True,
+        timeout=300,
+    )
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("approx", ["price", "gradsq", "capturable"])
+@each_way
+def test_data_parallel_ranks_stay_one(ranks, way, approx):
+    """Different seeds become rank 0's; the gradients' mean is the whole batch's."""
+    name = next(f"{approx} {n}" for n, w in WAYS.items() if w is way)
+    first, second = (found[name] for found in ranks)
+    assert first == second
+    chosen = {"hess_approx": approx, "gradsq_scale": 24.0} if approx == "gradsq" else {}
+    model, opt = make(**chosen)
+    for _ in range(3):
+        way(opt, partial(backward, model))
+    for key, value in bits(model, opt).items():
+        found = torch.tensor(first[key], dtype=F64)
+        torch.testing.assert_close(found, value.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_betas_are_in_the_defaults():
+    _, opt = make()
+    assert opt.defaults["betas"] == LR["betas"]
+    OneCycleLR(opt, max_lr=1.0, total_steps=10)
+    parameters = {
+        *("lr", "ess", "hess_init", "betas", "weight_decay", "mc_samples", "hess_approx"),
+        *("gradsq_scale", "clip_radius", "rescale_lr", "debias", "antithetic", "fused"),
+        *("store_mean", "samples", "capturable", "seed"),
+    }
+    assert parameters <= opt.defaults.keys()
+    assert parameters <= opt.param_groups[0].keys()
+
+
+@each_way
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("store_mean", [True, False])
+def test_parameters_are_never_rebound(way, dtype, store_mean):
+    if dtype == BF16 and not store_mean:
+        return
+    model, opt = make(dtype=dtype, store_mean=store_mean)
+    places = [p.data_ptr() for p in model.parameters()]
+
+    def here():
+        assert [p.data_ptr() for p in model.parameters()] == places
+
+    for _ in range(2):
+        way(opt, lambda: (here(), backward(model))[1], here)
+        here()
+        with opt.sampled_params():
+            here()
+        opt.load_state_dict(through_bytes(opt.state_dict()))
+        here()
+
+
+@each_way
+def test_hess_is_kept_in_float32_for_bfloat16_parameters(way):
+    """At β2 = .99999 a step of h is far below bfloat16's resolution."""
+    model, opt = make(dtype=BF16, betas=(0.9, 0.99999))
+    for _ in range(3):
+        way(opt, partial(backward, model))
+    hess = opt.state[model[0].weight]["hess"]
+    assert hess.dtype == torch.float32
+    assert (hess != LR["hess_init"]).all()
+    assert torch.equal(hess.to(BF16), torch.full_like(hess, LR["hess_init"]).to(BF16))
+
+
+def test_load_state_dict_keeps_float32():
+    model, opt = make(dtype=BF16)
+    for _ in range(3):
+        context(opt, partial(backward, model))
+    kept = bits(model, opt)
+    opt.load_state_dict(through_bytes(opt.state_dict()))
+    assert_same(bits(model, opt), kept)
+    assert kept["hess 0"].dtype == kept["mean 0"].dtype == torch.float32
+
+
+# -- what bites (design.md, section 3) -------------------------------------------------------------
+
+
+def live(opt):
+    opt.train()
+
+
+def left(opt):
+    opt.eval()
+
+
+def stepped(opt):
+    opt.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("store_mean", [True, False])
+@pytest.mark.parametrize(
+    "writes",
+    [
+        [[], [live]],
+        [[live], [left]],
+        [[live, lambda opt: backward(opt.model)], [stepped]],
+        [[], ["enter"]],
+        [["enter"], ["exit"]],
+    ],
+    ids=["sample", "restore", "step", "evaluation sample", "evaluation restore"],
+)
+def test_a_backward_after_a_write_raises(writes, store_mean, dtype):
+    """Every write to a weight shows in autograd's version counters."""
+    if dtype == BF16 and not store_mean:
+        return
+    model, opt = make(dtype=dtype, store_mean=store_mean)
+    opt.model = model
+    evaluation = opt.sampled_params()
+    acts = {
+        "enter": lambda _: evaluation.__enter__(),
+        "exit": lambda _: evaluation.__exit__(None, None, None),
+    }
+    before, after = writes
+    for act in before:
+        acts.get(act, act)(opt)
+    value = loss(model)
+    for act in after:
+        acts.get(act, act)(opt)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_a_second_sample_inside_one_autocast_region_is_new():
+    """Autocast caches low-precision copies of the weights: every write drops them."""
+    model, opt = make()
+
+    def seen():
+        """The output inside the region, and what the weights that stand now would give."""
+        with torch.no_grad():
+            fresh = network()
+            fresh.load_state_dict(model.state_dict())
+        return model(X), fresh(X)
+
+    outputs = []
+    with torch.autocast("cpu", BF16):
+        outputs.append(seen())
+        for _ in range(2):
+            with opt.sampled_params(train=True):
+                outputs.append(seen())
+                outputs[-1][0].square().mean().backward()
+            outputs.append(seen())
+        with opt.sampled_params():
+            outputs.append(seen())
+        outputs.append(seen())
+        opt.step()
+        outputs.append(seen())
+        opt.zero_grad()
+        opt.train()
+        outputs.append(seen())
+        opt.eval()
+        outputs.append(seen())
+        opt.train()
+        outputs.append(seen())
+        outputs[-1][0].square().mean().backward()
+        opt.step()
+        outputs.append(seen())
+    for found, expected in outputs:
+        assert torch.equal(found, expected)
+    assert not torch.equal(outputs[1][0], outputs[3][0])
+
+
+def test_the_autocast_test_can_fail(monkeypatch):
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+    with pytest.raises(AssertionError):
+        test_a_second_sample_inside_one_autocast_region_is_new()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_sharded_parameters_are_a_clear_error(ranks):
+    """Until sharding is built: no silent write to a shard that its unsharded copy does not see."""
+    for found in ranks:
+        if found["sharded"] is None:
+            pytest.skip("this torch has no public fully_shard")
+        assert "sharded parameter (DTensor, global shape (5, 3))" in found["sharded"]
+
+
+def test_a_replayed_graph_draws_fresh_noise():
+    """The draw counter is an input of the graph, not a constant in it."""
+
+    def draw(counter):
+        return noise.normals(noise.draw_key(3, counter), [0, 5], [7, 300])
+
+    graph = make_fx(draw)(torch.tensor(0))
+    for number in (0, 1, 2**33 + 5, -1):
+        found = graph(torch.tensor(number))
+        for a, b in zip(found, draw(number), strict=True):
+            assert torch.equal(a, b)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises where a value would travel to the host, which a CUDA graph cannot replay."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a tensor's value was read on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chosen", [{}, {"store_mean": False}, {"dtype": BF16}])
+def test_capturable_counters_advance_in_place(chosen):
+    """As tensors, so that a replayed graph advances them too; nothing is read on the host."""
+    model, opt = make(**chosen, capturable=True, lr=torch.tensor(0.3))
+    train(opt, partial(backward, model))  # the warm-up makes the state
+    group, states = opt.param_groups[0], [opt.state[p] for p in model.parameters()]
+    fixed = [group["draws"], *(s[k] for s in states for k in ("step", "momentum", "hess"))]
+    assert all(isinstance(t, torch.Tensor) for t in fixed)
+    places = [t.data_ptr() for t in fixed]
+    opt.zero_grad()
+    with NoHostSync():
+        opt.train()
+        backward(model)
+        opt.step()
+    now = [group["draws"], *(s[k] for s in states for k in ("step", "momentum", "hess"))]
+    assert all(a is b for a, b in zip(now, fixed, strict=True))
+    assert [t.data_ptr() for t in now] == places
+    assert [int(group["draws"]), *(int(s["step"]) for s in states)] == [2] * 5
+    assert all(g["draws"] is group["draws"] for g in opt.param_groups)
+
+
+def test_capturable_counters_follow_into_new_groups_and_copies():
+    import copy
+
+    model, opt = make(capturable=True)
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    for o in (opt, copy.deepcopy(opt)):
+        first, second = o.param_groups
+        assert first["draws"] is second["draws"]
+        assert first["eval_draws"] is second["eval_draws"]
+    opt.load_state_dict(through_bytes(opt.state_dict()))
+    assert opt.param_groups[0]["draws"] is opt.param_groups[1]["draws"]
+    context(opt, partial(backward, model))
+    assert int(opt.param_groups[1]["draws"]) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_replays_training():
+    results = []
+    for captured in (False, True):
+        model = network().cuda()
+        opt = IVON(model.parameters(), **LR, capturable=True)
+        x, y = X.cuda(), Y.cuda()
+
+        def once(model=model, opt=opt, x=x, y=y):
+            opt.zero_grad()
+            opt.train()
+            (model(x) - y).square().mean().backward()
+            opt.step()
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                once()
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            opt.zero_grad()
+            with torch.cuda.graph(graph):
+                once()
+            for _ in range(3):
+                graph.replay()
+        else:
+            for _ in range(3):
+                once()
+        torch.cuda.synchronize()
+        results.append(bits(model, opt))
+    assert_same(*results)
+
+
+def test_grad_scaler_leaves_the_skipping_to_step():
+    """Otherwise it would skip step() and leave the live sample in the weights."""
+    model, opt = make()
+    start = weights(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    opt.train()
+    scaler.scale(loss(model) * math.inf).backward()
+    scaler.step(opt)
+    scaler.update()
+    assert_same(weights(model), start)
+    assert scaler.get_scale() == 2.0
+
+
+# -- what is not trained: a clear error or a defined result ----------------------------------------
+
+
+@each_way
+def test_sparse_gradients_are_a_clear_error(way):
+    table = nn.Embedding(5, 3, sparse=True)
+    opt = IVON(table.parameters(), **LR)
+    start = table.weight.detach().clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"dense gradients.*parameter 0.*\(5, 3\)"):
+            way(opt, lambda: table(torch.tensor([1, 2])).sum().backward())
+        assert torch.equal(table.weight, start)
+    assert not opt.state[table.weight]["momentum"].any()
+
+
+def test_sparse_gradients_of_several_samples_are_a_clear_error():
+    table = nn.Embedding(5, 3, sparse=True)
+    opt = IVON(table.parameters(), **LR)
+    with opt.sampled_params(train=True):
+        table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="dense gradients"), opt.sampled_params(train=True):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters_are_a_clear_error(dtype):
+    p = nn.Parameter(torch.ones(2, dtype=dtype))
+    with pytest.raises(ValueError, match="complex"):
+        IVON([p], **LR)
+    p.requires_grad_(False)
+    _, opt = make()
+    opt.add_param_group({"params": [p]})  # a frozen one may be anything
+    p.requires_grad_(True)
+    with pytest.raises(ValueError, match="complex"):
+        opt.train()
+
+
+@each_way
+def test_frozen_integer_parameters_are_left_alone(way):
+    """Quantised models have them."""
+    codes = nn.Parameter(torch.arange(3, dtype=torch.int8), requires_grad=False)
+    model = network()
+    opt = IVON([codes, *model.parameters()], **LR)
+    way(opt, partial(backward, model))
+    assert codes.tolist() == [0, 1, 2]
+    opt.load_state_dict(through_bytes(opt.state_dict()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_parameters_are_a_clear_error(dtype):
+    with pytest.raises(ValueError, match="float8"):
+        IVON([nn.Parameter(torch.zeros(2).to(dtype))], **LR)
+
+
+def test_meta_parameters_are_a_clear_error():
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="to_empty"):
+        IVON(model.parameters(), **LR)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sets(st.integers(0, 14), min_size=1, max_size=6),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+    st.sampled_from([torch.float32, BF16]),
+    st.sampled_from(sorted(WAYS)),
+)
+def test_a_nan_gradient_stays_in_its_elements(spoilt, value, dtype, way):
+    """Visible in exactly those elements' mean, momentum and Hessian; all others as without it."""
+    expected, found = {}, {}
+    for into, poison in ((expected, False), (found, True)):
+        model, opt = make(dtype=dtype)
+        WAYS[way](opt, partial(backward, model))
+
+        def spoil(model=model, poison=poison):
+            if poison:
+                model[0].weight.grad.view(-1)[sorted(spoilt)] = value
+
+        WAYS[way](opt, partial(backward, model), spoil)
+        into.update(bits(model, opt))
+    mask = torch.zeros(15, dtype=torch.bool)
+    mask[sorted(spoilt)] = True
+    mask = mask.view(5, 3)
+    for name in expected:
+        if name in ("param 0", "momentum 0", "hess 0", "mean 0"):
+            assert not found[name][mask].isfinite().any(), name
+            assert torch.equal(found[name][~mask], expected[name][~mask]), name
+        else:
+            assert torch.equal(found[name], expected[name]), name
+
+
+BAD = {
+    "a finite lr >= 0": [{"lr": -1.0}, {"lr": math.nan}, {"lr": torch.tensor(-1.0)}],
+    "a finite ess > 0": [{"ess": 0}, {"ess": -5}, {"ess": math.inf}, {"ess": math.nan}],
+    "a finite hess_init >= 0": [{"hess_init": -0.1}, {"hess_init": math.inf}],
+    "0 <= betas[0] < 1": [{"betas": (1.0, 0.9)}, {"betas": (-0.1, 0.9)}],
+    "0 <= betas[1] < 1": [{"betas": (0.9, 1.0)}, {"betas": (0.9, -0.1)}],
+    "a finite weight_decay >= 0": [{"weight_decay": -1e-4}, {"weight_decay": math.inf}],
+    "hess_init + weight_decay > 0": [{"hess_init": 0.0, "weight_decay": 0.0}],
+    "clip_radius > 0": [{"clip_radius": 0.0}, {"clip_radius": -1.0}, {"clip_radius": math.nan}],
+    "0 <= seed < 2**63": [{"seed": -1}, {"seed": 2**63}],
+    "a whole mc_samples >= 1": [{"mc_samples": 0}, {"mc_samples": 1.5}],
+    "hess_approx": [{"hess_approx": "fisher", "gradsq_scale": 1.0}],
+    "samples=": [{"samples": "per_rank"}],
+    "a finite gradsq_scale > 0": [
+        {"hess_approx": "gradsq"},
+        {"hess_approx": "gradsq", "gradsq_scale": 0.0},
+        {"hess_approx": "gradsq", "gradsq_scale": -1.0},
+        {"hess_approx": "gradsq", "gradsq_scale": math.inf},
+    ],
+    "an even mc_samples": [{"antithetic": True}, {"antithetic": True, "mc_samples": 3}],
+}
+
+
+@pytest.mark.parametrize(("words", "bad"), [(w, b) for w, bads in BAD.items() for b in bads])
+def test_settings_out_of_range(words, bad):
+    with pytest.raises(ValueError, match="IVON needs") as error:
+        make(**bad)
+    message = str(error.value)
+    assert words in message
+    assert next(iter(bad)) in message.split("got")[1]
+    whole = {"seed", "mc_samples", "samples", "antithetic"}
+    if not whole & bad.keys():  # of a new group too, which then is not there
+        _, opt = make()
+        with pytest.raises(ValueError, match="IVON needs"):
+            opt.add_param_group({"params": [nn.Parameter(torch.ones(1))], **bad})
+        assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_low_precision_needs_the_stored_mean(dtype):
+    with pytest.raises(ValueError, match="store_mean=False"):
+        make(dtype=dtype, store_mean=False)
+    model, opt = make(store_mean=False)
+    context(opt, partial(backward, model))
+    model.to(dtype)
+    with pytest.raises(ValueError, match="store_mean=False"):
+        opt.train()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"seed": 7}, {"store_mean": False}, {"mc_samples": 2}, {"capturable": True}],
+)
+def test_settings_of_the_whole_optimizer_are_not_a_group_s(own):
+    _, opt = make()
+    name = next(iter(own))
+    with pytest.raises(ValueError, match=f"{name}: set for the whole optimizer"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(1))], **own})
+    assert len(opt.param_groups) == 1
+    with pytest.raises(ValueError, match="whole optimizer"):
+        IVON([{"params": [nn.Parameter(torch.ones(1))], **own}], **LR)
+
+
+def test_an_optimizer_made_of_another_s_groups():
+    model, opt = make()
+    for _ in range(2):
+        context(opt, partial(backward, model))
+    again = IVON(opt.param_groups, **LR)
+    group = again.param_groups[0]
+    assert (group["draws"], group["eval_draws"], group["pending"]) == (0, 0, 0)
+    train(again, partial(backward, model))
+
+
+def test_fused_that_cannot_run_raises():
+    _, opt = make()
+    if "reference" in opt.implementation:
+        with pytest.raises(RuntimeError, match="fused=True"):
+            make(fused=True)
+    _, opt = make(fused=False)
+    assert "reference" in opt.implementation
+    assert "fused=False" in opt.implementation
+
+
+def test_a_seed_comes_from_torch_s_generator():
+    torch.manual_seed(5)
+    first = IVON([nn.Parameter(torch.ones(1))], 0.1, ess=1).param_groups[0]["seed"]
+    second = IVON([nn.Parameter(torch.ones(1))], 0.1, ess=1).param_groups[0]["seed"]
+    torch.manual_seed(5)
+    again = IVON([nn.Parameter(torch.ones(1))], 0.1, ess=1).param_groups[0]["seed"]
+    assert first == again != second
+
+
+def test_training_takes_nothing_from_torch_s_generator():
+    model, opt = make()
+    state = torch.get_rng_state()
+    closure(opt, partial(backward, model))
+    with opt.sampled_params():
+        pass
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# -- the posterior it hands over -------------------------------------------------------------------
+
+
+def test_posterior_before_any_step():
+    model, opt = make()
+    posterior = opt.posterior(model)
+    assert posterior.names == tuple(n for n, _ in model.named_parameters())
+    assert_same(list(posterior.mean.values()), weights(model))
+    for value in posterior.precision.values():
+        torch.testing.assert_close(value, torch.full_like(value, 24 * (0.1 + 1e-2)))
+    assert posterior.ess == 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, F64])
+def test_posterior_is_a_copy_in_the_state_s_precision(dtype):
+    model, opt = make(dtype=dtype)
+    closure(opt, partial(backward, model))
+    posterior = opt.posterior(model)
+    mean, precision = posterior.mean["0.weight"].clone(), posterior.precision["0.weight"].clone()
+    wide = F64 if dtype == F64 else torch.float32
+    assert mean.dtype == precision.dtype == wide
+    assert torch.equal(mean.to(dtype), model[0].weight)
+    torch.testing.assert_close(precision, 24 * (opt.state[model[0].weight]["hess"] + 1e-2))
+    closure(opt, partial(backward, model))
+    assert torch.equal(posterior.mean["0.weight"], mean)
+    assert torch.equal(posterior.precision["0.weight"], precision)
+
+
+def test_posterior_of_named_parameters_and_of_a_stranger():
+    model, opt = make()
+    names = opt.posterior(model).names
+    assert opt.posterior(model.named_parameters()).names == names
+    assert opt.posterior((f"module.{n}", p) for n, p in model.named_parameters()).names == names
+    with pytest.raises(ValueError, match=r"model lacks.*0 \(5, 3\)"):
+        opt.posterior(network())
+
+
+def test_posterior_takes_buffers_and_untrained_parameters_along():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    opt = IVON(model.parameters(), **LR)
+    train(opt, partial(backward, model))
+    posterior = opt.posterior(model)
+    assert "0.weight" not in posterior.names
+    assert torch.equal(posterior.buffers["0.weight"], model[0].weight)
+    assert torch.equal(posterior.buffers["1.running_mean"], model[1].running_mean)
+    assert not opt.posterior(model.named_parameters()).buffers
+
+
+def test_posterior_settings_are_plain():
+    model, opt = make(lr=torch.tensor(0.25), capturable=True)
+    closure(opt, partial(backward, model))
+    (group,) = opt.posterior(model).settings["groups"]
+    assert group["lr"] == 0.25
+    assert group["draws"] == 1
+    assert group["seed"] == LR["seed"]
+
+
+def test_warnings_are_the_caller_s():
+    model, opt = make()
+    closure(opt, partial(backward, model))
+    opt.zero_grad()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with opt.sampled_params(train=True):
+            pass
+        opt.step()
+    assert [w.filename for w in caught] == [__file__]
