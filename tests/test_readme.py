@@ -62,7 +62,7 @@ def test_metrics_have_example_and_source(name):
     if inspect.isfunction(getattr(posterity.metrics, name)):
         doc = inspect.getdoc(getattr(posterity.metrics, name)) or ""
         assert ">>>" in doc, f"{name}: no example"
-        assert "Source" in doc or "Equation" in doc or "=" in doc, f"{name}: no formula or source"
+        assert "Source" in doc or "Σ" in doc, f"{name}: no formula or source"
 
 
 def test_results_table_is_that_of_the_committed_results():
@@ -70,6 +70,7 @@ def test_results_table_is_that_of_the_committed_results():
 
     files = sorted((ROOT / "results/fashion-mnist").glob("*-seed*.json"))
     results = [json.loads(path.read_text()) for path in files]
+    assert results
     for label, *row in compare.rows(sorted(results, key=lambda r: r["settings"]["optimizer"])):
         found = compare.values(results, *row)
         (line,) = (line for line in README.splitlines() if line.startswith(f"| {label} |"))

@@ -70,7 +70,7 @@ def _top(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(probs: Tensor, targets: Tensor) -> float:
-    """The fraction of examples whose most probable class is right.
+    """Accuracy (1/n) Σ_i [argmax_c p_ic = y_i]: the share of examples that are right.
 
     >>> accuracy(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0, 0]))
     0.5
@@ -79,7 +79,7 @@ def accuracy(probs: Tensor, targets: Tensor) -> float:
 
 
 def nll(probs: Tensor, targets: Tensor, *, log: bool = False) -> float:
-    """Negative log-likelihood −mean log p(target), in nats; exp of it is the perplexity.
+    """Negative log-likelihood −(1/n) Σ_i log p(y_i), in nats; exp of it is the perplexity.
 
     Args:
         probs: probabilities; a target of probability 0 makes it infinite.
