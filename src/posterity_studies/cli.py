@@ -158,7 +158,7 @@ class Tune:
     """Search each optimizer's settings on a validation split, with as many trials for each."""
 
     recipe: Name
-    trials: int = 8
+    trials: int = 10
     """Trials for each optimizer."""
     jobs: int = 2
     """Trials at a time; the processor's cores are divided among them."""

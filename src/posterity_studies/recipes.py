@@ -144,9 +144,9 @@ def fashion_mnist() -> Recipe:
         network="conv_small",
         epochs=12,
         optimizers={
-            "adamw": Adamw(lr=2e-3, weight_decay=0.05),
-            "sgd": Sgd(lr=0.05, weight_decay=5e-4),
-            "ivon": Ivon(lr=0.5, hess_init=0.05, weight_decay=1e-3),
+            "adamw": Adamw(lr=4.32e-3, weight_decay=0.179),
+            "sgd": Sgd(lr=0.11, weight_decay=1.49e-3),
+            "ivon": Ivon(lr=0.86, hess_init=0.0653, weight_decay=6.05e-4),
         },
         search={
             "adamw": {"lr": (1e-3, 6e-3), "weight_decay": (3e-2, 1.0)},

@@ -12,20 +12,18 @@ from typing import Any
 import torch
 
 from posterity_studies import runs
-from posterity_studies.recipes import Recipe, UserError
+from posterity_studies.recipes import Range, Recipe, UserError
 
 VALIDATION = 10_000  # training images held out
 KEPT = ("nll", "accuracy", "ece", "brier")
 
 
-def trials(recipe: Recipe, optimizer: str, n: int) -> list[dict[str, float]]:
-    """``n`` settings spread over the search space: a Sobol sequence on logarithmic axes.
+def trials(space: dict[str, Range], n: int, seed: int = 0) -> list[dict[str, float]]:
+    """``n`` settings spread over a space: a Sobol sequence on logarithmic axes.
 
-    The recipe's own ranges are searched, and nothing else; the sequence is fixed, so that a search
-    can be taken up again or made longer.
+    The sequence is fixed, so that an interrupted search can be taken up again.
     """
-    space = recipe.search[optimizer]
-    points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(n)
+    points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed).draw(n)
     return [
         {
             key: float(f"{low * (high / low) ** u:.3g}")
@@ -35,16 +33,40 @@ def trials(recipe: Recipe, optimizer: str, n: int) -> list[dict[str, float]]:
     ]
 
 
-def tune(recipe: Recipe, n: int, jobs: int, out: Path) -> dict[str, Any]:
-    """Train every trial, ``jobs`` at a time, and keep each optimizer's lowest validation NLL.
+def around(best: dict[str, float], space: dict[str, Range]) -> dict[str, Range]:
+    """Half the space on every logarithmic axis, centred on the best settings."""
+    reach = {key: (high / low) ** 0.25 for key, (low, high) in space.items()}
+    return {key: (value / reach[key], value * reach[key]) for key, value in best.items()}
 
-    IVON is judged with posterior samples, as it will be used. Finished trials are not run again.
+
+def tune(recipe: Recipe, n: int, jobs: int, out: Path) -> dict[str, Any]:
+    """Train ``n`` trials of every optimizer, ``jobs`` at a time; the best has the lowest NLL.
+
+    Two thirds are spread over the recipe's search space, the rest around the best of these. IVON
+    is judged with posterior samples, as it will be used. Finished trials are not run again.
 
     Returns:
         Optimizer → {"best", "trials"}: trials with settings and validation metrics, best first.
     """
-    spread = {name: trials(recipe, name, n) for name in recipe.optimizers}
-    work = [(name, i, spread[name][i]) for i in range(n) for name in recipe.optimizers]
+    first, spaces = n - n // 3, recipe.search
+    found = _run_all(recipe, {o: trials(spaces[o], first) for o in spaces}, 0, jobs, out)
+    near = {o: around(found[o][0]["settings"], spaces[o]) for o in spaces}
+    more = _run_all(recipe, {o: trials(near[o], n - first, 1) for o in spaces}, first, jobs, out)
+    ranked = {o: _ranked(found[o] + more[o]) for o in spaces}
+    facts = {"recipe": recipe.name, "epochs": recipe.epochs, "validation": VALIDATION}
+    return facts | {o: {"best": r[0]["settings"], "trials": r} for o, r in ranked.items()}
+
+
+def _ranked(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(done, key=lambda trial: trial["validation"]["nll"])
+
+
+def _run_all(
+    recipe: Recipe, settings: dict[str, list[dict[str, float]]], first: int, jobs: int, out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Run trials in processes of their own; each optimizer's, best first."""
+    rounds = zip(*([(o, s) for s in settings[o]] for o in settings), strict=True)
+    work = [(o, first + i, s) for i, row in enumerate(rounds) for o, s in row]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))}
 
     def run(job: tuple[str, int, dict[str, float]]) -> dict[str, Any]:
@@ -68,14 +90,5 @@ def tune(recipe: Recipe, n: int, jobs: int, out: Path) -> dict[str, Any]:
         return {"optimizer": optimizer, "settings": settings, "validation": kept}
 
     with ThreadPoolExecutor(jobs) as pool:
-        finished = list(pool.map(run, work))
-    found: dict[str, Any] = {
-        "recipe": recipe.name,
-        "epochs": recipe.epochs,
-        "validation": VALIDATION,
-    }
-    for optimizer in recipe.optimizers:
-        mine = [t for t in finished if t["optimizer"] == optimizer]
-        mine.sort(key=lambda trial: trial["validation"]["nll"])
-        found[optimizer] = {"best": mine[0]["settings"], "trials": mine}
-    return found
+        done = list(pool.map(run, work))
+    return {o: _ranked([t for t in done if t["optimizer"] == o]) for o in settings}

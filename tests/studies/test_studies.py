@@ -267,22 +267,26 @@ def test_tune_keeps_the_lowest_validation_nll(environment, tmp_path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
     monkeypatch.setattr(tune, "VALIDATION", 100)
     smoke = recipes.recipe("smoke")
-    small = replace(smoke, epochs=1, optimizers={"sgd": smoke.optimizers["sgd"]})
-    found = tune.tune(small, n=2, jobs=2, out=tmp_path)
-    trials = found["sgd"]["trials"]
-    assert sorted(t["settings"]["lr"] for t in trials) == sorted(
-        t["lr"] for t in tune.trials(small, "sgd", 2)
-    )
-    assert found["sgd"]["best"] == trials[0]["settings"]
-    assert trials[0]["validation"]["nll"] < trials[1]["validation"]["nll"]
+    space = smoke.search["sgd"]
+    only = {"sgd": smoke.optimizers["sgd"]}
+    small = replace(smoke, epochs=1, optimizers=only, search={"sgd": space})
+    found = tune.tune(small, n=3, jobs=2, out=tmp_path)["sgd"]
+    nll = [trial["validation"]["nll"] for trial in found["trials"]]
+    assert nll == sorted(nll)
+    assert found["best"] == found["trials"][0]["settings"]
+    tried = [trial["settings"] for trial in found["trials"]]
+    spread = tune.trials(space, 2)
+    assert all(settings in tried for settings in spread)
+    better = min(spread, key=lambda s: nll[tried.index(s)])
+    assert tune.trials(tune.around(better, space), 1, seed=1)[0] in tried
     assert runs.read_json(tmp_path / "sgd-00/result.json")["validation"] == 100
 
 
 def test_trials_fill_the_search_space():
     chosen = recipes.recipe("fashion-mnist")
-    for optimizer, space in chosen.search.items():
-        found = tune.trials(chosen, optimizer, 16)
-        assert found[:4] == tune.trials(chosen, optimizer, 4)
+    for space in chosen.search.values():
+        found = tune.trials(space, 16)
+        assert found[:4] == tune.trials(space, 4)
         for key, (low, high) in space.items():
             inside = [t[key] for t in found]
             assert all(low <= v <= high for v in inside)
