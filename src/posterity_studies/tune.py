@@ -67,7 +67,8 @@ def _run_all(
     """Run trials in processes of their own; each optimizer's, best first."""
     rounds = zip(*([(o, s) for s in settings[o]] for o in settings), strict=True)
     work = [(o, first + i, s) for i, row in enumerate(rounds) for o, s in row]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))}
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    environment = runs.environment(OMP_NUM_THREADS=str(threads))
 
     def run(job: tuple[str, int, dict[str, float]]) -> dict[str, Any]:
         optimizer, i, settings = job
