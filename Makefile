@@ -15,7 +15,7 @@ test: .venv/dev lint  ## lint, types, all tests and doctests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/dev  ## format, lint, types
-	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/dev  ## one step of each optimizer implementation, ratios to fused AdamW
 	@$(BIN)/python benchmarks/step.py
