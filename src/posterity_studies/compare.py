@@ -51,6 +51,7 @@ def run_all(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[dict[str, A
             command = [sys.executable, "-m", "posterity_studies", "train", recipe.name]
             command += ["--optimizer", optimizer, "--seed", str(seed), "--out", str(folder)]
             command += ["--epochs", str(recipe.epochs), "--samples", str(recipe.samples), "--quiet"]
+            print(f"training {LABELS.get(optimizer, optimizer)}, seed {seed}", file=sys.stderr)
             code = subprocess.run(command, env=runs.environment()).returncode
             if code:
                 raise UserError(f"the run in {folder} ended with exit code {code}")
