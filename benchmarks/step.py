@@ -58,7 +58,8 @@ def gate() -> float:
         for _ in range(5):
             step(opt)
     return max(
-        float((a - b).abs().max() / b.abs().max()) for a, b in zip(single, double, strict=True)
+        float((a - b).detach().abs().max() / b.detach().abs().max())
+        for a, b in zip(single, double, strict=True)
     )
 
 
