@@ -117,12 +117,16 @@ def provenance(seed: int, data_digest: str) -> dict[str, str]:
 def git_hash() -> str:
     """The commit of the code that runs, with ``+`` for local changes; or ``unknown``."""
     here = Path(__file__).parent
-    try:
-        run = lambda *command: subprocess.run(  # noqa: E731
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
             ["git", *command], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = run("status", "--porcelain", "--untracked-files=no", "--", str(here.parent))
-        return run("rev-parse", "HEAD") + ("+" if changed else "")
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent))
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
