@@ -13,9 +13,14 @@ import torch
 
 from posterity_studies import runs
 from posterity_studies.recipes import Range, Recipe, UserError
+from posterity_studies.train import load_task
 
 VALIDATION = 10_000  # training images held out
 KEPT = ("nll", "accuracy", "ece", "brier")
+FINALISTS = 3  # trials of each optimizer that are trained again
+SEEDS = (1, 2)  # with these seeds beside 0
+
+Trial = dict[str, Any]  # number, seed, settings; once run, validation metrics too
 
 
 def trials(space: dict[str, Range], n: int, seed: int = 0) -> list[dict[str, float]]:
@@ -42,42 +47,69 @@ def around(best: dict[str, float], space: dict[str, Range]) -> dict[str, Range]:
 def tune(recipe: Recipe, n: int, jobs: int, out: Path) -> dict[str, Any]:
     """Train ``n`` trials of every optimizer, ``jobs`` at a time; the best has the lowest NLL.
 
-    Two thirds are spread over the recipe's search space, the rest around the best of these. IVON
-    is judged with posterior samples, as it will be used. Finished trials are not run again.
+    Two thirds are spread over the recipe's search space, the rest around the best of these. The
+    best :data:`FINALISTS` are then trained with more seeds, and the lowest mean NLL wins: one seed
+    alone would choose by luck. IVON is judged with posterior samples, as it will be used. Finished
+    trials are not run again.
 
     Returns:
-        Optimizer → {"best", "trials"}: trials with settings and validation metrics, best first.
+        Facts and provenance of the search, and optimizer → {"best", "trials"}: trials with
+        settings, number of seeds and mean validation metrics; finalists first, each part by NLL.
     """
     first, spaces = n - n // 3, recipe.search
-    found = _run_all(recipe, {o: trials(spaces[o], first) for o in spaces}, 0, jobs, out)
+    found = _run_all(recipe, {o: _spread(spaces[o], first) for o in spaces}, jobs, out)
     near = {o: around(found[o][0]["settings"], spaces[o]) for o in spaces}
-    more = _run_all(recipe, {o: trials(near[o], n - first, 1) for o in spaces}, first, jobs, out)
-    ranked = {o: _ranked(found[o] + more[o]) for o in spaces}
+    more = _run_all(recipe, {o: _spread(near[o], n - first, first) for o in spaces}, jobs, out)
+    ranked = {o: sorted(found[o] + more[o], key=_nll) for o in spaces}
+    finals = {
+        o: [t | {"seed": seed} for t in r[:FINALISTS] for seed in SEEDS] for o, r in ranked.items()
+    }
+    again = _run_all(recipe, finals, jobs, out)
     facts = {"recipe": recipe.name, "epochs": recipe.epochs, "validation": VALIDATION}
-    return facts | {o: {"best": r[0]["settings"], "trials": r} for o, r in ranked.items()}
+    for o, trials in ranked.items():
+        best = sorted((_mean(t, again[o]) for t in trials[:FINALISTS]), key=_nll)
+        table = best + [_mean(t, []) for t in trials[FINALISTS:]]
+        facts[o] = {"best": best[0]["settings"], "trials": table}
+    return facts | {"provenance": runs.provenance(0, load_task(recipe).digest)}
 
 
-def _ranked(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(done, key=lambda trial: trial["validation"]["nll"])
+def _spread(space: dict[str, Range], n: int, first: int = 0) -> list[Trial]:
+    """Trials numbered from ``first``; those that refine (``first > 0``) follow another sequence."""
+    settings = trials(space, n, seed=int(first > 0))
+    return [{"number": first + i, "seed": 0, "settings": s} for i, s in enumerate(settings)]
+
+
+def _nll(trial: Trial) -> float:
+    return trial["validation"]["nll"]
+
+
+def _mean(trial: Trial, more: list[Trial]) -> Trial:
+    """A trial's settings with its metrics averaged over its seeds."""
+    seeds = [trial, *(t for t in more if t["number"] == trial["number"])]
+    mean = {k: sum(t["validation"][k] for t in seeds) / len(seeds) for k in KEPT}
+    return {"settings": trial["settings"], "seeds": len(seeds), "validation": mean}
 
 
 def _run_all(
-    recipe: Recipe, settings: dict[str, list[dict[str, float]]], first: int, jobs: int, out: Path
-) -> dict[str, list[dict[str, Any]]]:
+    recipe: Recipe, settings: dict[str, list[Trial]], jobs: int, out: Path
+) -> dict[str, list[Trial]]:
     """Run trials in processes of their own; each optimizer's, best first."""
-    rounds = zip(*([(o, s) for s in settings[o]] for o in settings), strict=True)
-    work = [(o, first + i, s) for i, row in enumerate(rounds) for o, s in row]
+    work = [
+        (o, t)
+        for row in zip(*settings.values(), strict=True)
+        for o, t in zip(settings, row, strict=True)
+    ]
     threads = max((os.cpu_count() or 1) // jobs, 1)
     environment = runs.environment(OMP_NUM_THREADS=str(threads))
 
-    def run(job: tuple[str, int, dict[str, float]]) -> dict[str, Any]:
-        optimizer, i, settings = job
-        folder = out / f"{optimizer}-{i:02d}"
+    def run(job: tuple[str, Trial]) -> tuple[str, Trial]:
+        optimizer, trial = job
+        folder = out / f"{optimizer}-{trial['number']:02d}-seed{trial['seed']}"
         command = [sys.executable, "-m", "posterity_studies", "train", recipe.name]
-        command += ["--optimizer", optimizer, "--seed", "0", "--out", str(folder), "--quiet"]
-        command += ["--epochs", str(recipe.epochs), "--samples", str(recipe.samples)]
+        command += ["--optimizer", optimizer, "--seed", str(trial["seed"]), "--out", str(folder)]
+        command += ["--epochs", str(recipe.epochs), "--samples", str(recipe.samples), "--quiet"]
         command += ["--validation", str(VALIDATION)]
-        command += ["--set", *(f"{key}={value!r}" for key, value in settings.items())]
+        command += ["--set", *(f"{key}={value!r}" for key, value in trial["settings"].items())]
         done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
         if "diverged" in done.stderr:
             kept = dict.fromkeys(KEPT, float("inf"))
@@ -87,9 +119,9 @@ def _run_all(
             evaluations = runs.read_json(folder / "result.json")["evaluations"]
             found = evaluations.get("samples") or evaluations["mean"]
             kept = {k: found[k] for k in KEPT}
-        print(f"{folder.name}: {settings} → {kept}", flush=True)
-        return {"optimizer": optimizer, "settings": settings, "validation": kept}
+        print(f"{folder.name}: {trial['settings']} → {kept}", flush=True)
+        return optimizer, {**trial, "validation": kept}
 
     with ThreadPoolExecutor(jobs) as pool:
         done = list(pool.map(run, work))
-    return {o: _ranked([t for t in done if t["optimizer"] == o]) for o in settings}
+    return {o: sorted((t for name, t in done if name == o), key=_nll) for o in settings}

@@ -266,20 +266,34 @@ def test_compare_prints_a_table_and_writes_a_report(environment, call, tmp_path)
 def test_tune_keeps_the_lowest_validation_nll(environment, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
     monkeypatch.setattr(tune, "VALIDATION", 100)
+    monkeypatch.setattr(tune, "FINALISTS", 2)
     smoke = recipes.recipe("smoke")
     space = smoke.search["sgd"]
     only = {"sgd": smoke.optimizers["sgd"]}
     small = replace(smoke, epochs=1, optimizers=only, search={"sgd": space})
     found = tune.tune(small, n=3, jobs=2, out=tmp_path)["sgd"]
-    nll = [trial["validation"]["nll"] for trial in found["trials"]]
-    assert nll == sorted(nll)
-    assert found["best"] == found["trials"][0]["settings"]
+    one, other, last = found["trials"]
+    assert [trial["seeds"] for trial in found["trials"]] == [3, 3, 1]
+    assert one["validation"]["nll"] <= other["validation"]["nll"]
+    assert found["best"] == one["settings"]
+
+    def nll(folder):
+        return runs.read_json(folder / "result.json")["evaluations"]["mean"]["nll"]
+
+    def settings(folder):
+        given = runs.read_json(folder / "config.json")["settings"]
+        return {key: given[key] for key in space}
+
+    first = {folder: nll(folder) for folder in tmp_path.glob("sgd-*-seed0")}
+    assert settings(max(first, key=first.__getitem__)) == last["settings"]
+    seeds = [f for f in tmp_path.glob("sgd-*") if settings(f) == one["settings"]]
+    assert one["validation"]["nll"] == pytest.approx(sum(map(nll, seeds)) / 3)
     tried = [trial["settings"] for trial in found["trials"]]
     spread = tune.trials(space, 2)
-    assert all(settings in tried for settings in spread)
-    better = min(spread, key=lambda s: nll[tried.index(s)])
+    assert all(s in tried for s in spread)
+    better = settings(min((f for f in first if settings(f) in spread), key=first.__getitem__))
     assert tune.trials(tune.around(better, space), 1, seed=1)[0] in tried
-    assert runs.read_json(tmp_path / "sgd-00/result.json")["validation"] == 100
+    assert runs.read_json(tmp_path / "sgd-00-seed0/result.json")["validation"] == 100
 
 
 def test_trials_fill_the_search_space():
