@@ -12,6 +12,7 @@ from torch import nn
 
 from posterity import IVON
 from posterity.integrations import ivon_opt
+from posterity.ops import noise
 
 ivon = pytest.importorskip("ivon", reason="ivon-opt (the bench extra) is not installed")
 
@@ -114,28 +115,36 @@ def test_load_takes_over_state_and_settings(grouped):
     ],
     ids=["price", "gradsq", "unscaled", "biased"],
 )
-def test_the_next_steps_are_those_of_the_package(dtype, bound, grouped, theirs_only, ours_only):
+def test_the_next_steps_are_those_of_the_package(
+    dtype, bound, grouped, theirs_only, ours_only, monkeypatch
+):
     """At the same perturbed weights the three next steps are the same; two samples each.
 
-    The package has its own noise, so its sample is written over ours inside the context.
+    The package has its own noise, so what it drew is put in the place of ours.
     """
+    drawn: dict[tuple[int, int], torch.Tensor] = {}
+    monkeypatch.setattr(noise.Noise, "__iter__", lambda s: (drawn[s.draw, n] for n in s.numbers))
     theirs = network(dtype)
     reference = their_run(theirs, groups(theirs) if grouped else None, **theirs_only)
     model = copy.deepcopy(theirs)
-    opt = ours(model, groups(model) if grouped else None, **ours_only)
+    opt = ours(model, groups(model) if grouped else None, fused=False, **ours_only)
     ivon_opt.load(opt, saved(reference.state_dict()), steps=STEPS)
+    order = [p for group in opt.param_groups for p in group["params"]]
+    posterior = opt.posterior(model)
     for i in range(STEPS, STEPS + 3):
         for k in range(2):
             with reference.sampled_params(train=True):
                 backward(theirs, 10 * i + k)
-                sample = [p.detach().clone() for p in theirs.parameters()]
-            with opt.sampled_params(train=True), torch.no_grad():
-                for p, value in zip(model.parameters(), sample, strict=True):
-                    p.copy_(value)
-                with torch.enable_grad():
-                    backward(model, 10 * i + k)
+                sample = dict(theirs.named_parameters())
+                for name, p in model.named_parameters():  # ε = (θ−m)/σ
+                    offset = sample[name].detach() - p.detach()
+                    number = next(n for n, q in enumerate(order) if q is p)
+                    drawn[opt.param_groups[0]["draws"], number] = offset / posterior.std()[name]
+            with opt.sampled_params(train=True):
+                backward(model, 10 * i + k)
         reference.step()
         opt.step()
+        posterior = opt.posterior(model)
         for name in ("momentum", "hess"):
             for a, group in zip(state(opt, name), reference.param_groups, strict=True):
                 assert error(a, group[name]) <= bound

@@ -22,8 +22,7 @@ def add_window(saved: dict[str, Any], window: Window) -> None:
     counters = {"draws": first["draws"] - int(draw.sign > 0)}
     if draw.way == "context" and not draw.live:  # held by reference; any others are sums already
         counters = {}
-        for slot, grad, product in window.contribution(last=True):
-            sums = dict(zip(SUMS, (grad, product), strict=True))
+        for slot, sums in window.contribution():
             saved["state"][slot.number] = {**saved["state"][slot.number], **sums}
             counters = {"pending": first["pending"] + 1}
     saved["param_groups"] = [{**group, **counters} for group in saved["param_groups"]]

@@ -16,7 +16,7 @@ from . import checkpoint, distributed, groups, ops
 from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
-from .sampling import Draw, Slot, Window, by_group, mean_at_rest, noise_for
+from .sampling import Draw, Slot, Window, mean_at_rest, params_of, runs, state_of
 
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
@@ -73,6 +73,7 @@ class IVON(Optimizer):
     Raises:
         ValueError: a setting out of its range, complex or integer parameters, bf16 or fp16
             parameters with ``store_mean=False``.
+        RuntimeError: ``fused=True`` where no fused implementation runs for a parameter.
 
     Example:
         >>> import torch
@@ -119,12 +120,11 @@ class IVON(Optimizer):
         settings = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         if seed is None:
             settings["seed"] = int(torch.randint(2**63 - 1, ()).item())
-        self._reset(fused)
+        self._reset()
         super().__init__(params, {**settings, "draws": 0, "eval_draws": 0, "pending": 0})
 
-    def _reset(self, fused: bool | None) -> None:
+    def _reset(self) -> None:
         """Make what stands beside the state."""
-        self._ops, self._implementation = ops.choose(fused)
         self._window = Window()
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
@@ -133,7 +133,8 @@ class IVON(Optimizer):
     @property
     def implementation(self) -> str:
         """Which implementation runs, and why."""
-        return self._implementation
+        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        return ops.describe(params, self._whole["fused"], self._whole["capturable"])
 
     # -- groups and state -------------------------------------------------------------------------
 
@@ -157,7 +158,9 @@ class IVON(Optimizer):
         group = self.param_groups[-1]
         try:
             groups.check(group)
-        except ValueError:
+            for p in filter(lambda p: p.requires_grad, group["params"]):
+                ops.choose(p, group["fused"], group["capturable"])
+        except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
         groups.share_counters(self.param_groups)
@@ -165,7 +168,7 @@ class IVON(Optimizer):
         if draw is not None and draw.live:
             newcomers = [s for s in self._slots() if s.group is group]
             with torch.no_grad():
-                draw.enter(newcomers, group["store_mean"])
+                self._window.enter(newcomers, group["store_mean"])
 
     @torch.inference_mode(False)  # state made while evaluating must serve training too
     @torch.no_grad()
@@ -173,7 +176,13 @@ class IVON(Optimizer):
         """Every trainable parameter; its state is made on first use and follows it when moved."""
         placed = ((p, group) for group in self.param_groups for p in group["params"])
         return [
-            Slot(p, group, self._state(p, group), number)
+            Slot(
+                p,
+                group,
+                self._state(p, group),
+                ops.choose(p, group["fused"], group["capturable"]),
+                number,
+            )
             for number, (p, group) in enumerate(placed)
             if p.requires_grad
         ]
@@ -270,7 +279,7 @@ class IVON(Optimizer):
                 slot.param.grad = None
         mirrored = whole["antithetic"] and whole["pending"] % 2 == 1
         number = whole["draws"] - 1 if mirrored else groups.count(self.param_groups, "draws")
-        draw = Draw(self._ops, whole["seed"], number, -1 if mirrored else 1, way)
+        draw = Draw(whole["seed"], number, -1 if mirrored else 1, way)
         self._window.open(draw, slots, whole["store_mean"])
 
     @torch.no_grad()
@@ -289,8 +298,8 @@ class IVON(Optimizer):
         with self._within("sampled_params()"):
             slots = self._slots()
             number = -1 - groups.count(self.param_groups, "eval_draws")
-            normals = noise_for(slots, self._whole["seed"], number)
-            with self._window.evaluating(self._ops, slots, normals):
+            draw = Draw(self._whole["seed"], number, 1, "evaluation")
+            with self._window.evaluating(draw, slots):
                 yield
 
     @torch.no_grad()
@@ -316,7 +325,7 @@ class IVON(Optimizer):
         elif draw is None or draw.way != "train":
             raise RuntimeError("train(), but samples of sampled_params(train=True) wait for step()")
         elif not draw.live:  # eval() was called in the middle: the same sample again
-            draw.enter(list(draw.slots.values()), whole["store_mean"])
+            self._window.enter(list(draw.slots.values()), whole["store_mean"])
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -383,9 +392,14 @@ class IVON(Optimizer):
             return self._first_state()
         if found_inf is not None and float(found_inf):
             return None
-        self._close(last=True, checked=scale is not None)
-        slots = [s for s in self._slots() if "grad_sum" in s.state]
-        if found_inf is not None and not all(s.state["grad_sum"].isfinite().all() for s in slots):
+        draw = self._window.draw
+        if self._whole["pending"] or draw is None:  # from the sums over samples
+            self._close(last=True, checked=scale is not None)
+            slots = [s for s in self._slots() if "grad_sum" in s.state]
+            draw, grads = None, state_of(slots, "grad_sum")
+        else:  # from the one sample, in one pass
+            slots, grads = self._window.gradients(last=True, checked=scale is not None)
+        if found_inf is not None and not all(g.isfinite().all() for g in grads):
             return None  # of a sample whose gradients the scaler could not see any more
         if not slots:
             if not self._warned:
@@ -394,24 +408,32 @@ class IVON(Optimizer):
                 )
             self._warned = True
             return None
-        factor = (
-            1 / self._whole["pending"] if scale is None else 1 / (self._whole["pending"] * scale)
-        )
-        for run in by_group(slots):
-            group = run[0].group
-            square = factor if group["hess_approx"] == "price" or scale is None else factor / scale
-            means = [mean_at_rest(s) for s in run]
-            self._ops.update(
-                means,
-                [s.state["grad_sum"] * factor for s in run],
-                [s.state["product_sum"] * square for s in run],
-                *([s.state[k] for s in run] for k in ("momentum", "hess", "step")),
-                **{k: group[k] for k in groups.SETTINGS},
-            )
-            for slot, mean in zip(run, means, strict=True):
+        factor = 1 / max(self._whole["pending"], 1)
+        if scale is not None:
+            factor = factor / scale
+        given = dict(zip((s.param for s in slots), grads, strict=True))
+        for implementation, run in runs(slots):
+            group, params = run[0].group, params_of(run)
+            squares = scale is not None and group["hess_approx"] == "gradsq"
+            settings = {k: group[k] for k in groups.SETTINGS}
+            settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
+            state = [state_of(run, k) for k in ("momentum", "hess", "step")]
+            if draw is None:
+                means, grads = [mean_at_rest(s) for s in run], state_of(run, "grad_sum")
+                implementation.update(
+                    means, grads, state_of(run, "product_sum"), *state, **settings
+                )
+                for slot, mean in zip(run, means, strict=True):
+                    if low_precision(slot.param):
+                        slot.param.copy_(mean)
+            else:
+                means = [draw.source(s, p) for s, p in zip(run, params, strict=True)]
+                grads = [given[s.param] for s in run]
+                noise = draw.noise(run)
+                implementation.step(params, means, grads, *state, noise, draw.live, **settings)
+                draw.forget(run)
+            for slot in run:
                 slot.state.pop("rounded", None)
-                if low_precision(slot.param):
-                    slot.param.copy_(mean)
         torch.clear_autocast_cache()
         return None
 
@@ -503,7 +525,7 @@ class IVON(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._reset(self.defaults["fused"])
+        self._reset()
 
     @torch.no_grad()
     def posterior(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> Posterior:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .groups import Group, low_precision
-from .ops import noise
+from .ops.noise import Noise
 
 SUMS = ("grad_sum", "product_sum")  # of the window's finished samples, in the state until step()
 CHANGED = (
@@ -25,11 +25,12 @@ CHANGED = (
 
 
 class Slot(NamedTuple):
-    """A parameter, its group, its state, and its number: the third word of its noise."""
+    """A parameter, its group, state, implementation, and number: the third word of its noise."""
 
     param: Tensor
     group: Group
     state: dict[str, Any]
+    ops: ModuleType
     number: int
 
     @property
@@ -47,78 +48,96 @@ def mean_at_rest(slot: Slot) -> Tensor:
     return mean.copy_(torch.where(mean.to(p.dtype) == p, mean, p.to(mean.dtype)))
 
 
-def by_group(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
-    """The slots of each group, in order."""
-    groups: dict[int, list[Slot]] = {}
+def runs(slots: Iterable[Slot]) -> Iterator[tuple[ModuleType, list[Slot]]]:
+    """The slots of each implementation and group, in order."""
+    found: dict[tuple[int, ModuleType], list[Slot]] = {}
     for slot in slots:
-        groups.setdefault(id(slot.group), []).append(slot)
-    return iter(groups.values())
+        found.setdefault((id(slot.group), slot.ops), []).append(slot)
+    return iter([(ops, run) for (_, ops), run in found.items()])
 
 
-def noise_for(slots: list[Slot], seed: int, draw: int | Tensor) -> list[Tensor]:
-    """The draw's standard normals for each slot, flat, on its device."""
-    made: dict[int, Tensor] = {}
-    for device in {s.param.device for s in slots}:
-        here = [s for s in slots if s.param.device == device]
-        key = noise.draw_key(seed, draw, device)
-        flat = noise.normals(key, [s.number for s in here], [s.param.numel() for s in here])
-        made.update(zip((s.number for s in here), flat, strict=True))
-    return [made[s.number] for s in slots]
+def params_of(slots: list[Slot]) -> list[Tensor]:
+    """The slots' parameters, without their history."""
+    return [s.param.detach() for s in slots]
 
 
-def place(ops: ModuleType, slots: list[Slot], means: list[Tensor], normals: list[Tensor]) -> None:
-    """Put θ = m + σε into the parameters."""
-    torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights
-    given = {s.param: (m, e) for s, m, e in zip(slots, means, normals, strict=True)}
-    for run in by_group(slots):
-        params = [s.param for s in run]
-        ops.sample(
-            params,
-            [given[p][0] for p in params],
-            [s.state["hess"] for s in run],
-            [given[p][1] for p in params],
-            **run[0].width,
-        )
+def state_of(slots: list[Slot], name: str) -> list[Tensor]:
+    """One tensor of each slot's state."""
+    return [s.state[name] for s in slots]
 
 
 class Draw:
     """One training sample θ = m + σε. While it is live θ stands in the parameters, else the mean.
 
-    While live, ``means`` keeps the mean (for low-precision parameters the state does that); once
-    left, ``offsets`` keeps θ−m. Where it does not, σε is regenerated: for low-precision parameters
-    because θ is rounded so coarsely that θ−m would be mostly the rounding; and without
-    ``store_mean``, to restore the mean too. That rounds the mean; so the state notes it
-    (``rounded``), and until the parameter's next step every sample keeps its mean: it is rounded
-    once a step at most.
+    While live, ``means`` keeps the mean (for low-precision parameters the state does that). σε is
+    never kept: it is made again where it is needed. Without ``store_mean`` that restores the mean
+    too, up to a rounding; so the state notes it (``rounded``), and until the parameter's next step
+    every sample keeps its mean: it is rounded once a step at most.
     """
 
-    def __init__(self, ops: ModuleType, seed: int, number: int | Tensor, sign: int, way: str):
-        self.ops, self.seed, self.number, self.sign = ops, seed, number, sign
+    def __init__(self, seed: int, number: int | Tensor, sign: int, way: str):
+        self.seed, self.number, self.sign = seed, number, sign
         self.way = way  # "context" or "train": who drew it
         self.slots: dict[Tensor, Slot] = {}
         self.live = False
         self.means: dict[Tensor, Tensor] = {}
-        self.offsets: dict[Tensor, Tensor] = {}
         self.held: dict[Tensor, tuple[Tensor, int]] = {}  # gradients and their versions, by param
 
-    def _noise(self, slots: list[Slot]) -> list[Tensor]:
-        normals = noise_for(slots, self.seed, self.number)
-        return normals if self.sign > 0 else [-e for e in normals]
+    def noise(self, slots: list[Slot]) -> Noise:
+        """The draw's standard normals for these slots."""
+        numbers, like = [s.number for s in slots], params_of(slots)
+        return Noise(self.seed, self.number, self.sign, numbers, like)
 
-    def enter(self, slots: list[Slot], store_mean: bool) -> None:
-        """Put θ into the parameters of ``slots`` and take them up."""
-        normals = self._noise(slots)
-        means = [mean_at_rest(s) for s in slots]
-        for s, mean in zip(slots, means, strict=True):
-            if not low_precision(s.param) and (store_mean or "rounded" in s.state):
-                self.means[s.param] = mean.clone()
-        self.slots.update((s.param, s) for s in slots)
+    def enter(self, slots: list[Slot], store_mean: bool, spare: dict[Tensor, Tensor]) -> None:
+        """Put θ into the parameters of ``slots`` and take them up; ``spare`` holds old means."""
+        torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights
         self.live = True
         try:
-            place(self.ops, slots, means, normals)
+            for ops, run in runs(slots):
+                low, kept, lost = [], [], []
+                for s in run:
+                    keep = store_mean or "rounded" in s.state
+                    (low if low_precision(s.param) else kept if keep else lost).append(s)
+                for part in (low, kept, lost):
+                    if part:
+                        self._place(ops, part, part is low, part is kept, spare)
         except BaseException:
             self.leave()
             raise
+
+    def _place(
+        self, ops: ModuleType, slots: list[Slot], low: bool, keep: bool, spare: dict[Tensor, Tensor]
+    ) -> None:
+        params = params_of(slots)
+        if low:
+            means = [mean_at_rest(s) for s in slots]
+        elif keep:
+            means = [_room(spare, s.param) for s in slots]
+        else:
+            means = params
+        hess, before = state_of(slots, "hess"), [p._version for p in params]
+        try:
+            ops.sample(params, means, hess, self.noise(slots), keep, **slots[0].width)
+        finally:  # after an error the parameters that hold θ by then are to be restored
+            for s, p, m, version in zip(slots, params, means, before, strict=True):
+                if p._version != version:
+                    self.slots[s.param] = s
+                    if keep:
+                        self.means[s.param] = m
+
+    def source(self, slot: Slot, param: Tensor) -> Tensor:
+        """Where a step finds the mean: kept, or at rest in the parameter, or there under σε."""
+        if self.live and not low_precision(param):
+            return self.means.get(slot.param, param)
+        if self.live:
+            return slot.state["mean"]
+        return mean_at_rest(slot) if low_precision(param) else param
+
+    def forget(self, slots: list[Slot]) -> None:
+        """Let go of parameters that a step has brought to their new mean."""
+        for s in slots:
+            self.slots.pop(s.param, None)
+            self.means.pop(s.param, None)
 
     def leave(self) -> None:
         """Put the mean back."""
@@ -129,13 +148,13 @@ class Draw:
             if low_precision(p):
                 p.copy_(s.state["mean"])
             elif p in self.means:
-                self.offsets[p] = p.detach() - self.means[p]
                 p.copy_(self.means[p])
             else:
                 lost.append(s)
-        for s, e in zip(lost, self._noise(lost), strict=True):
-            self.ops.unsample([s.param], [s.state["hess"]], [e], **s.width)
-            s.state["rounded"] = True
+        for ops, run in runs(lost):
+            ops.unsample(params_of(run), state_of(run, "hess"), self.noise(run), **run[0].width)
+            for s in run:
+                s.state["rounded"] = True
         self.means, self.live = {}, False
         torch.clear_autocast_cache()
 
@@ -146,16 +165,19 @@ class Draw:
             return mean_at_rest(slot)
         if low_precision(p):
             return slot.state["mean"]
-        return self.means[p] if p in self.means else p.detach() - self.displacement([slot])[0]
+        if p in self.means:
+            return self.means[p]
+        mean = p.detach().clone()
+        slot.ops.unsample([mean], [slot.state["hess"]], self.noise([slot]), **slot.width)
+        return mean
 
-    def displacement(self, slots: list[Slot]) -> list[Tensor]:
-        """θ − m, in the state's precision."""
-        lost = [s for s in slots if s.param not in self.offsets]
-        made = {
-            s.param: self.ops.perturbation(s.state["hess"], e, **s.width)
-            for s, e in zip(lost, self._noise(lost), strict=True)
-        }
-        return [made[s.param] if s.param in made else self.offsets[s.param] for s in slots]
+
+def _room(spare: dict[Tensor, Tensor], p: Tensor) -> Tensor:
+    """Memory for a parameter's mean, kept between steps: fresh pages cost more than the pass."""
+    room = spare.get(p)
+    if room is None or (room.shape, room.dtype, room.device) != (p.shape, p.dtype, p.device):
+        room = spare[p] = torch.empty_like(p, requires_grad=False)
+    return room
 
 
 class Window:
@@ -169,6 +191,7 @@ class Window:
         self.draw: Draw | None = None
         self.sealed: list[tuple[Tensor, Tensor | None, int]] = []
         self.aside: dict[Tensor, Tensor] = {}  # the means, while an evaluation sample stands
+        self.spare: dict[Tensor, Tensor] = {}  # memory of the means, by parameter
 
     def mean(self, slot: Slot) -> Tensor:
         """The mean in the state's precision, whatever stands in the parameter."""
@@ -178,9 +201,7 @@ class Window:
         return draw.mean(slot) if draw is not None and draw.live else mean_at_rest(slot)
 
     @contextmanager
-    def evaluating(
-        self, ops: ModuleType, slots: list[Slot], normals: list[Tensor]
-    ) -> Iterator[None]:
+    def evaluating(self, draw: Draw, slots: list[Slot]) -> Iterator[None]:
         """An evaluation sample, around the mean; then again what stood there, if a live sample."""
         with torch.no_grad():
             live = self.draw is not None and self.draw.live
@@ -192,7 +213,11 @@ class Window:
         self.aside = means
         try:
             with torch.no_grad():
-                place(ops, slots, list(means.values()), normals)
+                torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights
+                for ops, run in runs(slots):
+                    mine = [means[s.param] for s in run]
+                    hess, noise = state_of(run, "hess"), draw.noise(run)
+                    ops.sample(params_of(run), mine, hess, noise, **run[0].width)
             yield
         finally:
             with torch.no_grad():
@@ -204,7 +229,12 @@ class Window:
     def open(self, draw: Draw, slots: list[Slot], store_mean: bool) -> None:
         """Begin a sample."""
         self.draw, self.sealed = draw, []
-        draw.enter(slots, store_mean)
+        self.enter(slots, store_mean)
+
+    def enter(self, slots: list[Slot], store_mean: bool) -> None:
+        """Put the sample into the parameters of ``slots``."""
+        assert self.draw is not None
+        self.draw.enter(slots, store_mean, self.spare)
 
     def hold(self) -> None:
         """Restore the mean and hold the sample's gradients."""
@@ -237,24 +267,23 @@ class Window:
                 count (clipping, unscaling).
             checked: GradScaler looked for overflows, which multiplies gradients by one in place.
         """
-        self._verify(int(checked))
         draw = self.draw
+        slots, grads = self.gradients(last=last, checked=checked)
         if draw is None:
             return False
         draw.leave()
-        contributed = False
-        for slot, grad, product in self.contribution(last=last):
-            for name, value in zip(SUMS, (grad, product), strict=True):
-                if name in slot.state:
-                    value = slot.state[name] + value
-                    if slot.param.grad is not None:  # GradScaler must see any sample's overflow
-                        slot.param.grad.add_(value * 0)
-                slot.state[name] = value
-            contributed = True
+        for slot, grad in zip(slots, grads, strict=True):
+            again = SUMS[0] in slot.state
+            if not again:
+                slot.state.update(_no_sums(slot))
+            _accumulate(draw, slot, grad, self.mean(slot), slot.state)
+            if again and slot.param.grad is not None:  # GradScaler must see any sample's overflow
+                for name in SUMS:
+                    slot.param.grad.add_(slot.state[name] * 0)
         self.draw = None
-        grads = [(p, p.grad) for p in draw.slots]
-        self.sealed = [(p, grad, 0 if grad is None else grad._version) for p, grad in grads]
-        return contributed
+        held = [(p, p.grad) for p in draw.slots]
+        self.sealed = [(p, grad, 0 if grad is None else grad._version) for p, grad in held]
+        return bool(slots)
 
     def _verify(self, allowed: int) -> None:
         """Raise where a gradient that was summed up already has changed since."""
@@ -264,10 +293,12 @@ class Window:
             if not same and p.grad is not None and p.grad.any():
                 raise RuntimeError(CHANGED)
 
-    def contribution(self, *, last: bool) -> Iterator[tuple[Slot, Tensor, Tensor]]:
-        """Each parameter's gradient and product (2) of the sample, which was left."""
-        draw, slots, grads = self.draw, [], []
-        assert draw is not None
+    def gradients(self, *, last: bool, checked: bool = False) -> tuple[list[Slot], list[Tensor]]:
+        """The slots that have a gradient of the latest sample, and these gradients."""
+        self._verify(int(checked))
+        slots, grads = [], []
+        if (draw := self.draw) is None:
+            return slots, grads
         for p, slot in draw.slots.items():
             grad = p.grad
             if draw.way == "context":
@@ -285,6 +316,23 @@ class Window:
                 )
             slots.append(slot)
             grads.append(grad)
-        for slot, grad, displacement in zip(slots, grads, draw.displacement(slots), strict=True):
-            grad = grad.to(displacement.dtype, copy=True)
-            yield slot, grad, draw.ops.product(grad, displacement, slot.group["hess_approx"])
+        return slots, grads
+
+    def contribution(self) -> Iterator[tuple[Slot, dict[str, Any]]]:
+        """The latest sample's sums of each parameter, as they would be after :meth:`close`."""
+        assert self.draw is not None
+        for slot, grad in zip(*self.gradients(last=True), strict=True):
+            sums = _no_sums(slot)
+            _accumulate(self.draw, slot, grad, self.mean(slot), sums)
+            yield slot, sums
+
+
+def _no_sums(slot: Slot) -> dict[str, Any]:
+    return {name: torch.zeros_like(slot.state["hess"]) for name in SUMS}
+
+
+def _accumulate(draw: Draw, slot: Slot, grad: Tensor, mean: Tensor, sums: dict[str, Any]) -> None:
+    totals = ([sums[name]] for name in SUMS)
+    hess, approx = slot.state["hess"], slot.group["hess_approx"]
+    noise = draw.noise([slot])
+    slot.ops.accumulate(*totals, [grad], [mean], [hess], noise, approx, **slot.width)

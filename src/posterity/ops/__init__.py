@@ -1,28 +1,52 @@
-"""The maths of IVON in every implementation, and the one place that chooses between them."""
+"""The maths of IVON in every implementation, and the one place that chooses between them.
+
+An implementation is a module with the functions ``sample``, ``unsample``, ``accumulate``,
+``update`` and ``step`` of :mod:`.reference`, over lists of tensors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 
-from . import noise, reference
+from torch import Tensor
 
-__all__ = ["choose", "noise", "reference"]
+from . import cpu, noise, reference
+
+__all__ = ["choose", "cpu", "describe", "noise", "reference"]
 
 
-def choose(fused: bool | None) -> tuple[ModuleType, str]:
-    """The implementation to run and, in words, which one it is and why.
+def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> ModuleType:
+    """The implementation that runs for a parameter.
 
     Args:
+        p: the parameter.
         fused: None takes the best one there is, True insists on a fused one, False asks for the
             reference.
+        capturable: whether counters are tensors that the host must not read.
 
     Raises:
-        RuntimeError: ``fused=True`` and this build holds no fused implementation.
+        RuntimeError: ``fused=True`` and no fused implementation runs for it.
     """
-    if fused:
-        raise RuntimeError(
-            "fused=True, but this build of posterity holds no fused implementation: "
-            "pass fused=None to take the best one there is (here the reference)"
-        )
-    why = "asked for by fused=False" if fused is False else "this build holds no fused one"
-    return reference, f"reference ({why})"
+    if fused is False:
+        return reference
+    if why := cpu.unfit(p, capturable):
+        if fused:
+            raise RuntimeError(
+                f"fused=True, but {why}: pass fused=None to take the best implementation there is"
+            )
+        return reference
+    return cpu
+
+
+def describe(params: Iterable[Tensor], fused: bool | None, capturable: bool = False) -> str:
+    """Which implementations run for these parameters, and why, in words."""
+    if fused is False:
+        return "reference (asked for by fused=False)"
+    reasons = [cpu.unfit(p, capturable) for p in params] or [cpu.missing()]
+    found = [] if all(reasons) else [cpu.name()]
+    for why in dict.fromkeys(filter(None, reasons)):
+        number = reasons.count(why)
+        some = "" if number == len(reasons) else f" for {number} of {len(reasons)} parameters"
+        found.append(f"reference{some} ({why})")
+    return "; ".join(found)

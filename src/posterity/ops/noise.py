@@ -14,7 +14,9 @@ training, which count up from 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -59,6 +61,7 @@ def fold(key: Key, data: Tensor) -> Key:
     return threefry(*key, data.to(torch.int32), (data >> 32).to(torch.int32))
 
 
+@lru_cache(maxsize=64)
 def fold_int(key: tuple[int, int], data: int) -> tuple[int, int]:
     """:func:`fold` of Python integers, unsigned: what takes 130 tensor operations, at once."""
     words = (*key, key[0] ^ key[1] ^ PARITY)
@@ -151,3 +154,41 @@ def normals(
         piece.flatten()[start - base * CHUNK :][:count]
         for piece, start, base, count in zip(pieces, starts, first, counts, strict=True)
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """The standard normals of one draw for several tensors, made when they are asked for.
+
+    Args:
+        seed: of the optimizer.
+        draw: number of the draw; an int64 tensor where a CUDA graph advances it.
+        sign: −1 for the second of an antithetic pair.
+        numbers: of each tensor.
+        like: tensors of each one's number of elements and device.
+
+    Iterating gives one flat float32 tensor for each, on its device.
+    """
+
+    seed: int
+    draw: int | Tensor
+    sign: int
+    numbers: Sequence[int]
+    like: Sequence[Tensor]
+
+    @property
+    def key(self) -> int:
+        """The draw's key as 64 bits, the first word low."""
+        low, high = fold_int(fold_int((0, 0), int(self.seed)), int(self.draw))
+        return low | high << 32
+
+    def __iter__(self) -> Iterator[Tensor]:
+        made: dict[int, Tensor] = {}
+        for device in dict.fromkeys(t.device for t in self.like):
+            here = [i for i, t in enumerate(self.like) if t.device == device]
+            key = draw_key(self.seed, self.draw, device)
+            numbers = [self.numbers[i] for i in here]
+            flat = normals(key, numbers, [self.like[i].numel() for i in here])
+            made.update(zip(here, flat, strict=True))
+        for i in range(len(self.like)):
+            yield made[i] if self.sign > 0 else -made[i]
