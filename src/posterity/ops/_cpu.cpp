@@ -21,7 +21,8 @@ constexpr int CHUNK = 256, HALF = CHUNK / 2;
 
 // What the passes do with a tensor, as posterity/ops/cpu.py packs it. Null where a pass has no use
 // for a pointer.
-enum Flag { LOW = 1, LOW_GRAD = 2, REGENERATE = 4 };  // bfloat16; update: m is θ−σε
+// Of dtype bfloat16; in an update the parameter holds θ, and m is kept (HELD) or not (REGENERATE).
+enum Flag { LOW = 1, LOW_GRAD = 2, REGENERATE = 4, HELD = 8 };
 
 struct Row {
   char *param;         // θ or m
@@ -263,10 +264,15 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const flo
   if (row.grad_sum) {
     product = load(row.product_sum, span, false, f);
   } else {
-    if (s.square > 0)
+    if (s.square > 0) {
       copy(g, made);
-    else
+    } else if (row.flags & HELD) {  // the same bits as from the noise, for one more word read
+      const float *theta = load(row.param, span, false, f);
+#pragma omp simd
+      for (int i = 0; i < CHUNK; i++) made[i] = theta[i] - m[i];
+    } else {
       displacement(m, h, e, s, row.flags & LOW, made);
+    }
 #pragma omp simd
     for (int i = 0; i < CHUNK; i++) made[i] *= g[i];
   }
@@ -290,6 +296,16 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const flo
   store(m, row.param, span, row.flags & LOW);
 }
 
+INLINE void fetch(const Row &row, const Span &span) {
+  const void *streams[] = {row.param, row.mean, row.grad, row.grad_sum, row.product_sum,
+                           row.momentum, row.hess};
+  for (const void *base : streams) {
+    if (!base) continue;
+    const char *next = static_cast<const char *>(base) + 4 * (span.first + CHUNK);
+    for (int line = 0; line < 4 * CHUNK; line += 64) __builtin_prefetch(next + line);
+  }
+}
+
 INLINE int64_t chunks(const Row &row) {
   return row.numel ? (row.start % CHUNK + row.numel + CHUNK - 1) / CHUNK : 0;
 }
@@ -311,15 +327,15 @@ INLINE void run(const Job &job, int64_t begin, int64_t end) {
     if (first >= last) continue;
     uint32_t k0 = uint32_t(row.number), k1 = uint32_t(uint64_t(row.number) >> 32);
     threefry(uint32_t(given.key), uint32_t(given.key >> 32), k0, k1);
-    const bool regenerate = row.flags & REGENERATE;
-    const bool price = s.square <= 0;
-    const bool noisy = job.pass == UPDATE ? regenerate || (price && !row.grad_sum)
+    const bool price = s.square <= 0, known = row.grad_sum || row.flags & HELD;
+    const bool noisy = job.pass == UPDATE ? row.flags & REGENERATE || (price && !known)
                                           : job.pass != ACCUMULATE || price;
     for (int64_t c = first; c < last; c++) {
       const int64_t offset = row.start % CHUNK, base = c * CHUNK - offset;
       const Span span{base, base < 0 ? int(-base) : 0,
                       row.numel - base < CHUNK ? int(row.numel - base) : CHUNK};
       alignas(64) float e[CHUNK];
+      if (c + 1 < last) fetch(row, span);  // the next chunk comes while this one's noise is made
       if (noisy) normals(k0, k1, uint64_t(row.start / CHUNK + c), float(given.sign), e);
       switch (job.pass) {
         case SAMPLE: sample(row, s, span, e); break;

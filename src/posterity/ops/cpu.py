@@ -23,7 +23,7 @@ LEVELS = ("baseline instructions", "AVX2", "AVX-512")
 SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS = range(5)  # as in _cpu.cpp
 ROW = struct.Struct("=7Q4qd")
 SETTINGS = struct.Struct("=Q11d")
-LOW, LOW_GRAD, REGENERATE = 1, 2, 4  # flags of a row
+LOW, LOW_GRAD, REGENERATE, HELD = 1, 2, 4, 8  # flags of a row
 DTYPES = (torch.float32, torch.bfloat16)
 
 level: int | None = None  # of instructions; None takes the best that the machine has
@@ -265,7 +265,10 @@ def step(
     def row(i: int, debias: float) -> bytes:
         p, m = params[i], means[i]
         grad, flags = flat.grad(grads[i])
-        flags |= LOW * (p.dtype == torch.bfloat16) | REGENERATE * (live and m is p)
+        if p.dtype == torch.bfloat16:
+            flags |= LOW
+        elif live:
+            flags |= REGENERATE if m is p else HELD
         return _row(
             *(p, noise.numbers[i]),
             param=flat(p),
