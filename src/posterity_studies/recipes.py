@@ -58,11 +58,12 @@ class Sgd:
 
 @dataclass(frozen=True)
 class Ivon:
-    """IVON with λ = N, the number of training examples; ``memory`` is 1/(1−β2), in steps."""
+    """IVON with λ = N/``temperature``, N training examples; ``memory`` is 1/(1−β2), in steps."""
 
     lr: float
     hess_init: float
     weight_decay: float
+    temperature: float = 1.0
     memory: float = 1e4
 
     def build(self, model: nn.Module, n_train: int, seed: int) -> torch.optim.Optimizer:
@@ -70,7 +71,7 @@ class Ivon:
         return IVON(
             model.parameters(),
             self.lr,
-            ess=n_train,
+            ess=n_train / self.temperature,
             hess_init=self.hess_init,
             betas=(0.9, 1 - 1 / self.memory),
             weight_decay=self.weight_decay,
@@ -144,14 +145,16 @@ def fashion_mnist() -> Recipe:
         network="conv_small",
         epochs=12,
         optimizers={
-            "adamw": Adamw(lr=4.32e-3, weight_decay=0.179),
+            "adamw": Adamw(lr=3.78e-3, weight_decay=0.344),
             "sgd": Sgd(lr=0.11, weight_decay=1.49e-3),
-            "ivon": Ivon(lr=0.86, hess_init=0.0653, weight_decay=6.05e-4),
+            "ivon": Ivon(
+                lr=0.658, hess_init=0.0464, weight_decay=1.04e-3, temperature=0.1, memory=2e3
+            ),
         },
         search={
             "adamw": {"lr": (1e-3, 6e-3), "weight_decay": (3e-2, 1.0)},
             "sgd": {"lr": (2e-2, 0.2), "weight_decay": (3e-4, 3e-3)},
-            "ivon": {"lr": (0.3, 1.0), "hess_init": (3e-2, 0.3), "weight_decay": (3e-4, 3e-3)},
+            "ivon": {"lr": (0.3, 1.2), "hess_init": (1e-2, 8e-2), "weight_decay": (3e-4, 3e-3)},
         },
     )
 

@@ -314,6 +314,7 @@ def test_recipe_settings_are_those_that_tune_found():
     assert found["epochs"] == chosen.epochs
     budgets = {len(found[optimizer]["trials"]) for optimizer in chosen.optimizers}
     assert len(budgets) == 1, "not the same budget for every optimizer"
+    assert found["provenance"]["data"]
     for optimizer, settings in chosen.optimizers.items():
         best = found[optimizer]["best"]
         assert {key: getattr(settings, key) for key in best} == best
