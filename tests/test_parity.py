@@ -1,6 +1,7 @@
 """Every implementation is the reference: same noise, same passes, at every instruction set."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from posterity import IVON
 from posterity.ops import cpu, noise, reference
 
 if cpu.missing():
+    assert not shutil.which("c++"), cpu.missing()  # there is a compiler: it must have been built
     pytest.skip(f"{cpu.missing()}", allow_module_level=True)
 
 SIZES = (1, 63, 255, 256, 257, 1000, 0, 70_001)
@@ -80,6 +82,16 @@ def test_thread_count_and_company_change_no_bit(level):
     together = drawn(SIZES)
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("start", [1, 200, 256, 777, 2**33 + 5])
+def test_any_slice_is_the_same_bits(start, level):
+    whole = [torch.empty(2000)]
+    base = start // 256 * 256
+    cpu.normals(noise_of(whole), whole, base)
+    part = [torch.full((900,), math.nan)]
+    cpu.normals(noise_of(part), part, start)
+    assert torch.equal(part[0], whole[0][start - base :][:900])
 
 
 class State:
@@ -159,7 +171,7 @@ CHANGES = [
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["at rest", "kept", "regenerated"])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_step(changes, where, low, level, threads):
+def test_step(changes, where, low, level):
     if low and where == "regenerated":
         pytest.skip("low-precision parameters always keep their mean")
     s = STEP | changes
@@ -245,3 +257,121 @@ def test_without_the_extension_the_reference_runs_and_says_so(monkeypatch):
     assert IVON([w], 0.1, ess=10.0).implementation == "reference (this build holds no fused pass)"
     with pytest.raises(RuntimeError, match="fused=True"):
         IVON([w], 0.1, ess=10.0, fused=True)
+
+
+# -- what happens while a pass runs, and between sample and step -----------------------------------
+
+
+def interrupted(monkeypatch, kind):
+    """Ctrl-C during the next pass of a kind: Python sees it when the pass has ended."""
+    library = cpu._library()
+    run = library.posterity_run
+
+    def once(pass_, *rest):
+        run(pass_, *rest)
+        if pass_ == kind:
+            raise KeyboardInterrupt
+
+    class Interrupting:
+        posterity_run = staticmethod(once)
+
+    monkeypatch.setattr(cpu, "_library", lambda: Interrupting)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", type)
+
+
+def draw_and_leave(opt):
+    opt.train()
+    opt.eval()
+
+
+@pytest.mark.parametrize("store_mean", [True, False])
+def test_ctrl_c_while_a_sample_is_drawn_or_restored_leaves_the_mean(store_mean, monkeypatch):
+    for kind in (cpu.SAMPLE, cpu.UNSAMPLE):
+        w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        opt = IVON([w], 0.1, ess=10.0, seed=0, store_mean=store_mean)
+        if kind == cpu.UNSAMPLE and store_mean:
+            continue
+        with monkeypatch.context() as patch:
+            interrupted(patch, kind)
+            with pytest.raises(KeyboardInterrupt):
+                draw_and_leave(opt)
+        opt.eval()
+        bound = 0 if store_mean else 1e-6
+        torch.testing.assert_close(w.data, torch.tensor([1.0, 2, 3, 4]), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("store_mean", [True, False])
+def test_ctrl_c_during_a_step_leaves_the_new_mean(store_mean, monkeypatch):
+    found = []
+    for interrupt in (False, True):
+        w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        opt = IVON([w], 0.1, ess=10.0, seed=0, store_mean=store_mean)
+        opt.train()
+        w.grad = torch.ones(4)
+        with monkeypatch.context() as patch:
+            if interrupt:
+                interrupted(patch, cpu.UPDATE)
+                with pytest.raises(KeyboardInterrupt):
+                    opt.step()
+            else:
+                opt.step()
+        found.append(w.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_parameters_that_change_their_dtype_before_the_step_go_to_the_reference():
+    found = []
+    for fused in (None, False):
+        model = torch.nn.Linear(3, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        opt = IVON(model.parameters(), 0.1, ess=10.0, seed=0, fused=fused)
+        with opt.sampled_params(train=True):
+            model(torch.ones(1, 3)).sum().backward()
+        model.double()
+        opt.step()
+        found.append(model.weight.detach().clone())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
+def test_settings_that_change_while_a_sample_is_live_do_not_harm_the_mean():
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    opt = IVON([w], 0.0, ess=10.0, seed=0, store_mean=False)
+    for leave in (opt.eval, opt.step):
+        opt.param_groups[0]["weight_decay"] = 1e-4
+        opt.train()
+        w.grad = torch.ones(4)
+        opt.param_groups[0]["weight_decay"] = 1.0
+        leave()
+        torch.testing.assert_close(w.data, torch.tensor([1.0, 2, 3, 4]), rtol=0, atol=1e-6)
+
+
+def test_a_negated_gradient_keeps_its_sign(level):
+    moved = []
+    for grad in (torch.tensor([-1.0]), torch.tensor([1 + 1j]).conj().imag):
+        w = torch.nn.Parameter(torch.ones(1))
+        opt = IVON([w], 0.1, ess=1e6, seed=0)
+        opt.train()
+        w.grad = grad
+        opt.step()
+        moved.append(w.item())
+    assert moved[0] == moved[1] > 1
+
+
+def test_a_nearly_deterministic_posterior_stays_finite(level):
+    p, h = torch.ones(4), torch.ones(4)
+    cpu.sample([p], [p], [h], noise_of([p]), ess=1e39, hess_init=1.0, weight_decay=0.0)
+    torch.testing.assert_close(p, torch.ones(4))
+
+
+def test_subclasses_of_tensor_go_to_the_reference():
+    class Other(torch.Tensor):
+        pass
+
+    why = cpu.unfit(torch.ones(3).as_subclass(Other), False)
+    assert why is not None
+    assert "Other" in why
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(cpu, "SETTINGS", cpu.struct.Struct("=Q12d"))
+    assert "other sources" in cpu._library.__wrapped__()

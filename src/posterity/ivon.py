@@ -180,7 +180,6 @@ class IVON(Optimizer):
                 p,
                 group,
                 self._state(p, group),
-                ops.choose(p, group["fused"], group["capturable"]),
                 number,
             )
             for number, (p, group) in enumerate(placed)
@@ -398,6 +397,9 @@ class IVON(Optimizer):
             slots = [s for s in self._slots() if "grad_sum" in s.state]
             draw, grads = None, state_of(slots, "grad_sum")
         else:  # from the one sample, in one pass
+            self._slots()  # the parameters may have moved since the sample was drawn
+            if draw.live and draw.outdated:
+                draw.leave()
             slots, grads = self._window.gradients(last=True, checked=scale is not None)
         if found_inf is not None and not all(g.isfinite().all() for g in grads):
             return None  # of a sample whose gradients the scaler could not see any more
@@ -430,8 +432,12 @@ class IVON(Optimizer):
                 means = [draw.source(s, p) for s, p in zip(run, params, strict=True)]
                 grads = [given[s.param] for s in run]
                 noise = draw.noise(run)
-                implementation.step(params, means, grads, *state, noise, draw.live, **settings)
-                draw.forget(run)
+                before = [p._version for p in params]
+                try:
+                    implementation.step(params, means, grads, *state, noise, draw.live, **settings)
+                finally:  # after an interrupt too: what has its new mean is not restored
+                    versions = zip(run, params, before, strict=True)
+                    draw.forget([s for s, p, version in versions if p._version != version])
             for slot in run:
                 slot.state.pop("rounded", None)
         torch.clear_autocast_cache()

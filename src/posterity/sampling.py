@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .groups import Group, low_precision
+from .ops import choose
 from .ops.noise import Noise
 
 SUMS = ("grad_sum", "product_sum")  # of the window's finished samples, in the state until step()
@@ -25,13 +26,17 @@ CHANGED = (
 
 
 class Slot(NamedTuple):
-    """A parameter, its group, state, implementation, and number: the third word of its noise."""
+    """A parameter, its group, its state, and its number: the third word of its noise."""
 
     param: Tensor
     group: Group
     state: dict[str, Any]
-    ops: ModuleType
     number: int
+
+    @property
+    def ops(self) -> ModuleType:
+        """The implementation that runs for it now; the parameter may have moved since the draw."""
+        return choose(self.param, self.group["fused"], self.group["capturable"])
 
     @property
     def width(self) -> dict[str, float]:
@@ -80,6 +85,7 @@ class Draw:
         self.way = way  # "context" or "train": who drew it
         self.slots: dict[Tensor, Slot] = {}
         self.live = False
+        self.widths: dict[int, dict[str, float]] = {}  # settings of σ when θ was drawn, by group
         self.means: dict[Tensor, Tensor] = {}
         self.held: dict[Tensor, tuple[Tensor, int]] = {}  # gradients and their versions, by param
 
@@ -94,6 +100,7 @@ class Draw:
         self.live = True
         try:
             for ops, run in runs(slots):
+                self.widths[id(run[0].group)] = run[0].width
                 low, kept, lost = [], [], []
                 for s in run:
                     keep = store_mean or "rounded" in s.state
@@ -125,6 +132,11 @@ class Draw:
                     if keep:
                         self.means[s.param] = m
 
+    @property
+    def outdated(self) -> bool:
+        """Whether σ's settings have changed since: a step can then not make σε again."""
+        return any(self.widths[id(s.group)] != s.width for s in self.slots.values())
+
     def source(self, slot: Slot, param: Tensor) -> Tensor:
         """Where a step finds the mean: kept, or at rest in the parameter, or there under σε."""
         if self.live and not low_precision(param):
@@ -152,9 +164,15 @@ class Draw:
             else:
                 lost.append(s)
         for ops, run in runs(lost):
-            ops.unsample(params_of(run), state_of(run, "hess"), self.noise(run), **run[0].width)
-            for s in run:
-                s.state["rounded"] = True
+            params, before = params_of(run), [s.param._version for s in run]
+            width = self.widths[id(run[0].group)]
+            try:
+                ops.unsample(params, state_of(run, "hess"), self.noise(run), **width)
+            finally:  # after an interrupt too: nothing is restored twice
+                for s, version in zip(run, before, strict=True):
+                    if s.param._version != version:
+                        s.state["rounded"] = True
+                        self.means[s.param] = s.param.detach()
         self.means, self.live = {}, False
         torch.clear_autocast_cache()
 
@@ -168,7 +186,8 @@ class Draw:
         if p in self.means:
             return self.means[p]
         mean = p.detach().clone()
-        slot.ops.unsample([mean], [slot.state["hess"]], self.noise([slot]), **slot.width)
+        width = self.widths[id(slot.group)]
+        slot.ops.unsample([mean], [slot.state["hess"]], self.noise([slot]), **width)
         return mean
 
 
@@ -229,12 +248,16 @@ class Window:
     def open(self, draw: Draw, slots: list[Slot], store_mean: bool) -> None:
         """Begin a sample."""
         self.draw, self.sealed = draw, []
-        self.enter(slots, store_mean)
+        try:
+            self.enter(slots, store_mean)
+        except BaseException:
+            self.draw = None
+            raise
 
     def enter(self, slots: list[Slot], store_mean: bool) -> None:
         """Put the sample into the parameters of ``slots``."""
         assert self.draw is not None
-        self.draw.enter(slots, store_mean, self.spare)
+        self.draw.enter(slots, store_mean, self.spare if store_mean else {})
 
     def hold(self) -> None:
         """Restore the mean and hold the sample's gradients."""

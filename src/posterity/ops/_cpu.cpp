@@ -19,14 +19,14 @@ namespace {
 
 constexpr int CHUNK = 256, HALF = CHUNK / 2;
 
-// What the passes do with a tensor, as posterity/ops/cpu.py packs it. Null where a pass has no use
-// for a pointer.
-// Of dtype bfloat16; in an update the parameter holds θ, and m is kept (HELD) or not (REGENERATE).
+// LOW, LOW_GRAD: the parameter, its gradient is bfloat16. HELD, REGENERATE: in an update the
+// parameter still holds θ, and m stands in `mean`, or is to be made as θ−σε.
 enum Flag { LOW = 1, LOW_GRAD = 2, REGENERATE = 4, HELD = 8 };
 
+// A tensor, as posterity/ops/cpu.py packs it. Null where a pass has no use for a pointer.
 struct Row {
   char *param;         // θ or m
-  float *mean;         // sample: m to start from, or where to keep it; update: m, else θ−σε
+  float *mean;         // m, or where sample() is to keep it
   const char *grad;
   float *grad_sum;     // sums over samples
   float *product_sum;
@@ -47,7 +47,7 @@ struct Settings {
   double grad_scale, product_scale, square_scale;  // square_scale > 0: "gradsq"
 };
 
-enum Pass { SAMPLE, RESTORE, ACCUMULATE, UPDATE, NORMALS };
+enum Pass { SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS };
 
 struct Job {
   int pass;
@@ -65,6 +65,7 @@ INLINE float at_most(float x, float high) { return x > high ? high : x; }
 // 1/√x and 1/x by Newton's iteration from a guess in the exponent: within 2 ulp, a fifth of the
 // time of the divider. NaN in, NaN out.
 INLINE float rsqrt(float x) {
+  x = at_most(x, 3e38f);  // beyond float32 σ is next to nothing, not infinite
   float y = real(0x5f375a86u - (word(x) >> 1)), half = 0.5f * x;
   y *= 1.5f - half * y * y;
   y *= 1.5f - half * y * y;
@@ -204,7 +205,7 @@ INLINE void sample(const Row &row, const Scalars &s, const Span &span, const flo
 }
 
 // θ → m = θ−σε, up to one rounding.
-INLINE void restore(const Row &row, const Scalars &s, const Span &span, const float *e) {
+INLINE void unsample(const Row &row, const Scalars &s, const Span &span, const float *e) {
   alignas(64) float a[CHUNK], b[CHUNK];
   float *theta = load(row.param, span, false, a);
   const float *h = load(row.hess, span, false, b);
@@ -297,12 +298,14 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const flo
 }
 
 INLINE void fetch(const Row &row, const Span &span) {
-  const void *streams[] = {row.param, row.mean, row.grad, row.grad_sum, row.product_sum,
-                           row.momentum, row.hess};
-  for (const void *base : streams) {
-    if (!base) continue;
-    const char *next = static_cast<const char *>(base) + 4 * (span.first + CHUNK);
-    for (int line = 0; line < 4 * CHUNK; line += 64) __builtin_prefetch(next + line);
+  const int param_size = row.flags & LOW ? 2 : 4, grad_size = row.flags & LOW_GRAD ? 2 : 4;
+  const struct { const void *base; int size; } streams[] = {
+      {row.param, param_size}, {row.grad, grad_size}, {row.mean, 4}, {row.grad_sum, 4},
+      {row.product_sum, 4}, {row.momentum, 4}, {row.hess, 4}};
+  for (const auto &stream : streams) {
+    if (!stream.base) continue;
+    const char *next = static_cast<const char *>(stream.base) + stream.size * (span.first + CHUNK);
+    for (int line = 0; line < stream.size * CHUNK; line += 64) __builtin_prefetch(next + line);
   }
 }
 
@@ -339,7 +342,7 @@ INLINE void run(const Job &job, int64_t begin, int64_t end) {
       if (noisy) normals(k0, k1, uint64_t(row.start / CHUNK + c), float(given.sign), e);
       switch (job.pass) {
         case SAMPLE: sample(row, s, span, e); break;
-        case RESTORE: restore(row, s, span, e); break;
+        case UNSAMPLE: unsample(row, s, span, e); break;
         case ACCUMULATE: accumulate(row, s, span, e); break;
         case UPDATE: update(row, s, span, e); break;
         default: store(e, row.hess, span, false);
@@ -354,7 +357,12 @@ void run_baseline(const Job &job, int64_t begin, int64_t end) { run(job, begin, 
 __attribute__((target("avx2,fma"))) void run_avx2(const Job &job, int64_t begin, int64_t end) {
   run(job, begin, end);
 }
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#ifdef __clang__
+#define WIDE ""
+#else
+#define WIDE ",prefer-vector-width=512"
+#endif
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma" WIDE)))
 void run_avx512(const Job &job, int64_t begin, int64_t end) {
   run(job, begin, end);
 }
@@ -365,6 +373,9 @@ constexpr int64_t GRAIN = 64;  // chunks worth a thread
 }  // namespace
 
 extern "C" {
+
+// What cpu.py and this file must agree on.
+int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 1); }
 
 // How many instruction sets this machine has: 0 the baseline alone, 1 AVX2 too, 2 AVX-512 too.
 int posterity_levels() {

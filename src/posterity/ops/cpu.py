@@ -30,11 +30,20 @@ level: int | None = None  # of instructions; None takes the best that the machin
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | str:
+    """The extension, or why there is none."""
     spec = importlib.util.find_spec("posterity.ops._cpu")
     if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
+        return (
+            "this build holds no fused pass: no C++ compiler could build it when it was installed"
+        )
+    try:
+        library = ctypes.CDLL(spec.origin)
+        layout = library.posterity_layout()
+    except (OSError, AttributeError) as error:
+        return f"{spec.origin} cannot be used: {error}"
+    if layout != ROW.size << 16 | SETTINGS.size << 4 | 1:
+        return f"{spec.origin} was built from other sources: install posterity again"
     library.posterity_run.restype = None
     library.posterity_run.argtypes = (
         *(ctypes.c_int, ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p),
@@ -47,21 +56,21 @@ def _library() -> ctypes.CDLL | None:
 def levels() -> int:
     """How many instruction sets can run here beside the baseline."""
     library = _library()
-    return 0 if library is None else library.posterity_levels()
+    return 0 if isinstance(library, str) else library.posterity_levels()
 
 
-@cache
 def missing() -> str | None:
     """Why no fused pass runs here at all; None where one does."""
-    if _library() is None:
-        return "this build holds no fused pass: it was installed without a C++ compiler"
-    return None
+    library = _library()
+    return library if isinstance(library, str) else None
 
 
 def unfit(p: Tensor, capturable: bool) -> str | None:
     """Why the fused passes do not run for a parameter; None where they do."""
     if capturable:
         return "counters that a graph can capture are not read on the host"
+    if type(p) not in (Tensor, torch.nn.Parameter):  # its values may be elsewhere
+        return f"there is no fused pass for {type(p).__name__}"
     if p.dtype not in DTYPES:
         return f"there is no fused pass for {p.dtype}"
     if p.device.type != "cpu":
@@ -78,11 +87,16 @@ def _level() -> int:
     return levels() if level is None else level
 
 
-def _run(kind: int, rows: Sequence[bytes], settings: bytes) -> None:
+def _run(
+    kind: int, rows: Sequence[bytes], settings: bytes, flat: _Flat, written: Iterable[Tensor]
+) -> None:
     library = _library()
-    assert library is not None
-    threads = torch.get_num_threads()
-    library.posterity_run(kind, b"".join(rows), len(rows), settings, _level(), threads)
+    assert isinstance(library, ctypes.CDLL)
+    try:
+        threads = torch.get_num_threads()
+        library.posterity_run(kind, b"".join(rows), len(rows), settings, _level(), threads)
+    finally:  # an interrupt comes after the pass, which has written then
+        flat.back(written)
 
 
 class _Flat:
@@ -93,9 +107,9 @@ class _Flat:
 
     def __call__(self, t: Tensor) -> int:
         """The address of memory to read."""
-        if t.is_contiguous():
+        if t.is_contiguous() and not t.is_neg():
             return t.data_ptr()
-        flat = t.contiguous()
+        flat = t.resolve_neg().contiguous()
         self.copies.append((t, flat))
         return flat.data_ptr()
 
@@ -146,9 +160,10 @@ def _row(
     hess: int = 0,
     flags: int = 0,
     debias: float = 1.0,
+    start: int = 0,
 ) -> bytes:
     return ROW.pack(
-        *(param, mean, grad, *sums, momentum, hess), *(t.numel(), number, 0, flags, debias)
+        *(param, mean, grad, *sums, momentum, hess), *(t.numel(), number, start, flags, debias)
     )
 
 
@@ -163,8 +178,8 @@ def sample(
         at = flat(m) if m is not p and (keep or p.dtype == torch.bfloat16) else 0
         low = LOW * (p.dtype == torch.bfloat16)
         rows.append(_row(p, number, param=flat(p), mean=at, hess=flat(h), flags=low))
-    _run(SAMPLE, rows, _settings(noise, **width))
-    flat.back([*params, *(means if keep else ())])
+    written = [*params, *(means if keep else ())]
+    _run(SAMPLE, rows, _settings(noise, **width), flat, written)
 
 
 def unsample(params: Tensors, hess: Tensors, noise: Noise, **width: Any):
@@ -174,8 +189,7 @@ def unsample(params: Tensors, hess: Tensors, noise: Noise, **width: Any):
         _row(p, number, param=flat(p), hess=flat(h))
         for p, h, number in zip(params, hess, noise.numbers, strict=True)
     ]
-    _run(UNSAMPLE, rows, _settings(noise, **width))
-    flat.back(params)
+    _run(UNSAMPLE, rows, _settings(noise, **width), flat, params)
 
 
 def accumulate(
@@ -201,8 +215,8 @@ def accumulate(
             _row(total, number, mean=flat(m), grad=at, sums=sums, hess=flat(h), flags=flags)
         )
     square = float(hess_approx == "gradsq")
-    _run(ACCUMULATE, rows, _settings(noise, gradsq_scale=square, **width))
-    flat.back([*grad_sums, *product_sums])
+    settings = _settings(noise, gradsq_scale=square, **width)
+    _run(ACCUMULATE, rows, settings, flat, [*grad_sums, *product_sums])
 
 
 def _update(
@@ -210,6 +224,7 @@ def _update(
     row: Callable[[int, float], bytes],
     steps: Tensors,
     noise: Noise | None,
+    written: Tensors,
     *,
     hess_approx: str,
     gradsq_scale: float | None,
@@ -224,7 +239,7 @@ def _update(
     s["lr"] = float(s["lr"]) * (s["hess_init"] + s["weight_decay"] if rescale_lr else 1)
     square = (gradsq_scale or 0.0) if hess_approx == "gradsq" else 0.0
     rows = [row(i, factor[t]) for i, t in enumerate(counts)]
-    _run(UPDATE, rows, _settings(noise, gradsq_scale=square, **s))
+    _run(UPDATE, rows, _settings(noise, gradsq_scale=square, **s), flat, written)
 
 
 def update(
@@ -244,8 +259,7 @@ def update(
         param, g, h = flat(means[i]), flat(momentum[i]), flat(hess[i])
         return _row(means[i], 0, param=param, sums=sums, momentum=g, hess=h, debias=debias)
 
-    _update(flat, row, steps, None, **s)
-    flat.back([*means, *momentum, *hess])
+    _update(flat, row, steps, None, [*means, *momentum, *hess], **s)
 
 
 def step(
@@ -280,16 +294,15 @@ def step(
             debias=debias,
         )
 
-    _update(flat, row, steps, noise, **s)
     low = [m for p, m in zip(params, means, strict=True) if p.dtype == torch.bfloat16]
-    flat.back([*params, *low, *momentum, *hess])
+    _update(flat, row, steps, noise, [*params, *low, *momentum, *hess], **s)
 
 
-def normals(noise: Noise, outs: Tensors) -> None:
-    """Write the draw's standard normals into contiguous float32 tensors."""
+def normals(noise: Noise, outs: Tensors, start: int = 0) -> None:
+    """Write the draw's normals, from the element ``start`` on, into contiguous float32 tensors."""
     rows = [
-        _row(out, number, hess=out.data_ptr())
+        _row(out, number, hess=out.data_ptr(), start=start)
         for out, number in zip(outs, noise.numbers, strict=True)
     ]
-    _run(NORMALS, rows, _settings(noise, ess=1.0, hess_init=1.0, weight_decay=0.0))
-    increment_version(outs)
+    settings = _settings(noise, ess=1.0, hess_init=1.0, weight_decay=0.0)
+    _run(NORMALS, rows, settings, _Flat(), outs)
