@@ -17,7 +17,7 @@ test: .venv/dev lint  ## lint, types, all tests and doctests
 lint: .venv/dev  ## format, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/dev  ## one step of each optimizer implementation, ratios to fused AdamW
+bench: .venv/dev  ## one step of each optimizer and implementation, ratios to fused AdamW
 	@$(BIN)/python benchmarks/step.py
 
 docs: .venv/dev  ## API pages from the docstrings, to site/
