@@ -176,12 +176,7 @@ class IVON(Optimizer):
         """Every trainable parameter; its state is made on first use and follows it when moved."""
         placed = ((p, group) for group in self.param_groups for p in group["params"])
         return [
-            Slot(
-                p,
-                group,
-                self._state(p, group),
-                number,
-            )
+            Slot(p, group, self._state(p, group), number)
             for number, (p, group) in enumerate(placed)
             if p.requires_grad
         ]

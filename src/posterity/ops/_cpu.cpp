@@ -62,8 +62,8 @@ INLINE uint32_t rotate(uint32_t x, int r) { return (x << r) | (x >> (32 - r)); }
 INLINE float at_least(float x, float low) { return x < low ? low : x; }  // NaN stays
 INLINE float at_most(float x, float high) { return x > high ? high : x; }
 
-// 1/√x and 1/x by Newton's iteration from a guess in the exponent: within 2 ulp, a fifth of the
-// time of the divider. NaN in, NaN out.
+// 1/√x and 1/x by Newton's iteration from a guess in the exponent, in the units that multiply and
+// not in the divider. NaN in, NaN out.
 INLINE float rsqrt(float x) {
   x = at_most(x, 3e38f);  // beyond float32 σ is next to nothing, not infinite
   float y = real(0x5f375a86u - (word(x) >> 1)), half = 0.5f * x;
