@@ -1,13 +1,19 @@
 """Every implementation is the reference: same noise, same passes, at every instruction set."""
 
 import math
+import os
 import shutil
+import struct
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from posterity import IVON
-from posterity.ops import cpu, noise, reference
+from posterity.ops import choose, cpu, describe, fused, noise, reference
 
 if cpu.missing():
     assert not shutil.which("c++"), cpu.missing()  # there is a compiler: it must have been built
@@ -28,10 +34,31 @@ STEP = {
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
-@pytest.fixture(params=range(cpu.levels() + 1), ids=cpu.LEVELS[: cpu.levels() + 1])
+CUDA = "cuda" if torch.cuda.is_available() else "cpu"  # there interpreted
+TRITON = "Triton" if find_spec("triton") else None
+LEVELS = cpu.LEVELS[: cpu.levels() + 1]
+
+
+@pytest.fixture(params=filter(None, [*LEVELS, TRITON]))
+def ops(request, monkeypatch):
+    """Every fused implementation; the CPU's at each instruction set."""
+    if request.param == TRITON:
+        return ops_of("triton")
+    monkeypatch.setattr(cpu, "level", LEVELS.index(request.param))
+    return cpu.passes
+
+
+def ops_of(name):
+    return import_module(f"posterity.ops.{name}").passes
+
+
+def device(ops):
+    return "cpu" if ops is cpu.passes else CUDA
+
+
+@pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
 def level(request, monkeypatch):
     monkeypatch.setattr(cpu, "level", request.param)
-    return request.param
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -46,51 +73,52 @@ def noise_of(like, sign=1, draw=5):
     return noise.Noise(7, draw, sign, [3 * i + 1 for i in range(len(like))], like)
 
 
-def drawn(sizes, draw=5, sign=1):
-    outs = [torch.full((n,), math.nan) for n in sizes]
-    cpu.normals(noise_of(outs, sign, draw), outs)
-    return outs
+def drawn(ops, sizes, draw=5, sign=1):
+    outs = [torch.full((n,), math.nan, device=device(ops)) for n in sizes]
+    ops.normals(noise_of(outs, sign, draw), outs)
+    return [out.cpu() for out in outs]
 
 
 def ulps(a, b):
     return (a.view(torch.int32).long() - b.view(torch.int32).long()).abs().max().item()
 
 
-def test_normals_are_those_of_the_reference_within_4_ulp(level, threads):
-    sizes = [1, 63, 1000, 2**20 + 3]
-    for sign, draw in ((1, 0), (-1, 2**40 + 1), (1, -3)):
-        ours = drawn(sizes, draw, sign)
+def test_normals_are_those_of_the_reference_within_4_ulp(ops, threads):
+    if threads > 1 and ops is not cpu.passes:
+        pytest.skip("these threads are the CPU's")
+    for sign, draw, last in ((1, 0, 2**20 + 3), (-1, 2**40 + 1, 4097), (1, -3, 511)):
+        ours = drawn(ops, [1, 63, 1000, last], draw, sign)
         for a, b in zip(ours, noise_of(ours, sign, draw), strict=True):
             assert ulps(a, b) <= 4
 
 
-def test_integers_are_those_of_the_reference(level):
+def test_integers_are_those_of_the_reference(ops):
     """The top bit of each half-turn and quarter survives in the signs; u in the radius."""
-    ours = drawn([1 << 16])[0].view(-1, 2, noise.HALF)
+    ours = drawn(ops, [1 << 16])[0].view(-1, 2, noise.HALF)
     theirs = next(iter(noise_of([torch.empty(1 << 16)]))).view(-1, 2, noise.HALF)
     assert torch.equal(ours.signbit(), theirs.signbit())
     radius = [x.double().square().sum(1) for x in (ours, theirs)]
     torch.testing.assert_close(*radius, rtol=1e-6, atol=0)
 
 
-def test_thread_count_and_company_change_no_bit(level):
+def test_thread_count_and_company_change_no_bit(ops):
     """Alone or among others, on one thread or two, a tensor's normals are the same bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = [drawn(SIZES[: i + 1])[-1] for i in range(len(SIZES))]
+    alone = [drawn(ops, SIZES[: i + 1])[-1] for i in range(len(SIZES))]
     torch.set_num_threads(2)
-    together = drawn(SIZES)
+    together = drawn(ops, SIZES)
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("start", [1, 200, 256, 777, 2**33 + 5])
-def test_any_slice_is_the_same_bits(start, level):
-    whole = [torch.empty(2000)]
+def test_any_slice_is_the_same_bits(start, ops):
+    whole = [torch.empty(2000, device=device(ops))]
     base = start // 256 * 256
-    cpu.normals(noise_of(whole), whole, base)
-    part = [torch.full((900,), math.nan)]
-    cpu.normals(noise_of(part), part, start)
+    ops.normals(noise_of(whole), whole, base)
+    part = [torch.full((900,), math.nan, device=device(ops))]
+    ops.normals(noise_of(part), part, start)
     assert torch.equal(part[0], whole[0][start - base :][:900])
 
 
@@ -100,11 +128,11 @@ class State:
     ``low``: with bfloat16 parameters, or, in float64, with values that such could hold.
     """
 
-    def __init__(self, dtype, low=False):
+    def __init__(self, dtype, low=False, on="cpu"):
         generator = torch.Generator().manual_seed(0)
 
         def make(scale=1.0):
-            return [torch.randn(n, generator=generator) * scale for n in SIZES]
+            return [(torch.randn(n, generator=generator) * scale).to(on) for n in SIZES]
 
         self.low = low and dtype == F32
         param = BF16 if self.low else dtype
@@ -130,27 +158,27 @@ def close(ours, exact, rtol=1e-6):
         for a, b in zip(ours.tensors()[name], theirs, strict=True):
             atol = rtol * float(b.double().abs().max()) if b.numel() else 0.0
             rounding = 2**-7 if name == "params" and ours.low else rtol
-            torch.testing.assert_close(a.double(), b.double(), rtol=rounding, atol=atol)
+            torch.testing.assert_close(a.double().cpu(), b.double(), rtol=rounding, atol=atol)
 
 
-def pair(low):
-    return State(F32, low), State(F64, low)
+def pair(low, ops):
+    return (State(F32, low, device(ops)), ops), (State(F64, low), reference)
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("keep", [True, False])
-def test_sample_and_unsample(low, keep, level, threads):
-    ours, exact = pair(low)
+def test_sample_and_unsample(low, keep, ops, threads):
+    both = (ours, _), (exact, _) = pair(low, ops)
     keep = keep and not low
-    for s, ops in ((ours, cpu), (exact, reference)):
+    for s, implementation in both:
         s.start = [p.clone() for p in s.means]
         kept = [torch.full_like(p, math.nan) for p in s.params] if keep else s.means
-        ops.sample(s.params, kept, s.hess, noise_of(s.params), keep, **WIDTH)
+        implementation.sample(s.params, kept, s.hess, noise_of(s.params), keep, **WIDTH)
         if keep:
             assert all(torch.equal(a, b) for a, b in zip(kept, s.start, strict=True))
     close(ours, exact)
     if not low:
-        cpu.unsample(ours.params, ours.hess, noise_of(ours.params), **WIDTH)
+        ops.unsample(ours.params, ours.hess, noise_of(ours.params), **WIDTH)
         for a, b in zip(ours.params, ours.start, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-7, atol=1e-7)
 
@@ -171,22 +199,22 @@ CHANGES = [
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["at rest", "kept", "regenerated"])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_step(changes, where, low, level):
+def test_step(changes, where, low, ops):
     if low and where == "regenerated":
         pytest.skip("low-precision parameters always keep their mean")
     s = STEP | changes
     width = {k: s[k] for k in WIDTH}
-    ours, exact = pair(low)
-    for made, ops in ((ours, cpu), (exact, reference)):
+    both = (ours, _), (exact, _) = pair(low, ops)
+    for made, implementation in both:
         drawing = noise_of(made.params)
         means, live = made.means, where != "at rest"
         if live:
             keep = where == "kept" and not low
             if keep:
                 means = [torch.full_like(p, math.nan) for p in made.params]
-            ops.sample(made.params, means, made.hess, drawing, keep, **width)
+            implementation.sample(made.params, means, made.hess, drawing, keep, **width)
         state = made.momentum, made.hess, made.steps
-        ops.step(made.params, means, made.grads, *state, drawing, live, **s)
+        implementation.step(made.params, means, made.grads, *state, drawing, live, **s)
     assert all(t.item() == 4 for t in ours.steps)
     # σε is regenerated in float32 from θ's rounding: a bit more room where m is θ−σε
     close(ours, exact, rtol=2e-5 if s["hess_approx"] == "price" and not low else 4e-6)
@@ -194,37 +222,38 @@ def test_step(changes, where, low, level):
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_a_step_equals_the_update_from_the_sums_of_its_sample_bit_for_bit(changes, low, level):
+def test_a_step_equals_the_update_from_the_sums_of_its_sample_bit_for_bit(changes, low, ops):
     s = STEP | changes
     width = {k: s[k] for k in WIDTH}
-    one, two = State(F32, low), State(F32, low)
+    one, two = (State(F32, low, device(ops)) for _ in range(2))
     drawing = noise_of(one.params)
     state = one.momentum, one.hess, one.steps
-    cpu.step(one.params, one.means, one.grads, *state, drawing, False, **s)
+    ops.step(one.params, one.means, one.grads, *state, drawing, False, **s)
     sums, products = ([torch.zeros_like(h) for h in two.hess] for _ in range(2))
     approx = s["hess_approx"]
-    cpu.accumulate(sums, products, two.grads, two.means, two.hess, drawing, approx, **width)
-    cpu.update(two.means, sums, products, two.momentum, two.hess, two.steps, **s)
+    ops.accumulate(sums, products, two.grads, two.means, two.hess, drawing, approx, **width)
+    ops.update(two.means, sums, products, two.momentum, two.hess, two.steps, **s)
     for name in ("means", "momentum", "hess"):
         for a, b in zip(one.tensors()[name], two.tensors()[name], strict=True):
             assert torch.equal(a, b), name
 
 
-def test_low_precision_rounds_to_nearest_even_and_keeps_nan(level):
+def test_low_precision_rounds_to_nearest_even_and_keeps_nan(ops):
     values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, math.inf, math.nan, 0.0])
-    p = torch.empty(len(values), dtype=BF16)
+    p = torch.empty(len(values), dtype=BF16, device=device(ops))
     quiet = {"ess": 1e30, "hess_init": 1.0, "weight_decay": 0.0}
-    hess = torch.ones(len(values))
-    cpu.sample([p], [values.clone()], [hess], noise_of([p]), **quiet)
+    hess = torch.ones(len(values), device=device(ops))
+    ops.sample([p], [values.to(p.device, copy=True)], [hess], noise_of([p]), **quiet)
+    p = p.cpu()
     assert torch.equal(p[:5], values.to(BF16)[:5])
     assert p[5].isnan()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_stay_visible_where_they_are(bad, level):
-    s = State(F32)
+def test_nan_and_infinity_stay_visible_where_they_are(bad, ops):
+    s = State(F32, on=device(ops))
     s.grads[5][17] = bad
-    cpu.step(
+    ops.step(
         s.params, s.params, s.grads, s.momentum, s.hess, s.steps, noise_of(s.params), False, **STEP
     )
     finite = s.params[5].isfinite()
@@ -286,10 +315,10 @@ def draw_and_leave(opt):
 
 @pytest.mark.parametrize("store_mean", [True, False])
 def test_ctrl_c_while_a_sample_is_drawn_or_restored_leaves_the_mean(store_mean, monkeypatch):
-    for kind in (cpu.SAMPLE, cpu.UNSAMPLE):
+    for kind in (fused.SAMPLE, fused.UNSAMPLE):
         w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         opt = IVON([w], 0.1, ess=10.0, seed=0, store_mean=store_mean)
-        if kind == cpu.UNSAMPLE and store_mean:
+        if kind == fused.UNSAMPLE and store_mean:
             continue
         with monkeypatch.context() as patch:
             interrupted(patch, kind)
@@ -310,7 +339,7 @@ def test_ctrl_c_during_a_step_leaves_the_new_mean(store_mean, monkeypatch):
         w.grad = torch.ones(4)
         with monkeypatch.context() as patch:
             if interrupt:
-                interrupted(patch, cpu.UPDATE)
+                interrupted(patch, fused.UPDATE)
                 with pytest.raises(KeyboardInterrupt):
                     opt.step()
             else:
@@ -321,10 +350,10 @@ def test_ctrl_c_during_a_step_leaves_the_new_mean(store_mean, monkeypatch):
 
 def test_parameters_that_change_their_dtype_before_the_step_go_to_the_reference():
     found = []
-    for fused in (None, False):
+    for how in (None, False):
         model = torch.nn.Linear(3, 1, bias=False)
         torch.nn.init.ones_(model.weight)
-        opt = IVON(model.parameters(), 0.1, ess=10.0, seed=0, fused=fused)
+        opt = IVON(model.parameters(), 0.1, ess=10.0, seed=0, fused=how)
         with opt.sampled_params(train=True):
             model(torch.ones(1, 3)).sum().backward()
         model.double()
@@ -357,21 +386,150 @@ def test_a_negated_gradient_keeps_its_sign(level):
     assert moved[0] == moved[1] > 1
 
 
-def test_a_nearly_deterministic_posterior_stays_finite(level):
-    p, h = torch.ones(4), torch.ones(4)
-    cpu.sample([p], [p], [h], noise_of([p]), ess=1e39, hess_init=1.0, weight_decay=0.0)
-    torch.testing.assert_close(p, torch.ones(4))
+def test_a_nearly_deterministic_posterior_stays_finite(ops):
+    p, h = torch.ones(2, 4, device=device(ops))
+    ops.sample([p], [p], [h], noise_of([p]), ess=1e39, hess_init=1.0, weight_decay=0.0)
+    torch.testing.assert_close(p.cpu(), torch.ones(4))
 
 
 def test_subclasses_of_tensor_go_to_the_reference():
     class Other(torch.Tensor):
         pass
 
-    why = cpu.unfit(torch.ones(3).as_subclass(Other), False)
-    assert why is not None
-    assert "Other" in why
+    other = torch.ones(3).as_subclass(Other)
+    assert choose(other, None) is reference
+    assert "Other" in describe([other], None)
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(cpu, "SETTINGS", cpu.struct.Struct("=Q12d"))
+    monkeypatch.setattr(cpu, "SETTINGS", struct.Struct("=Q12d"))
     assert "other sources" in cpu._library.__wrapped__()
+
+
+COMPILE = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from posterity.ops import triton as ours
+
+fixed = {"PAIRS": ours.PAIRS, "TILES": ours.TILES, "WORDS": ours.WORDS, "ALIGNED": True}
+fixed["HEADER_WORDS"] = ours.HEADER.size // 8
+flags = ("LOW", "LOW_GRAD", "REGENERATE", "HELD", "MEAN", "SUMS", "PRICE")
+for kind, given in ((0, {"MEAN"}), (0, {"MEAN", "LOW"}), (1, ()), (2, {"MEAN", "SUMS", "PRICE"}),
+                    (3, {"HELD", "MEAN", "PRICE"}), (3, {"REGENERATE", "PRICE"}), (3, {"SUMS"}),
+                    (3, {"LOW", "LOW_GRAD", "MEAN", "PRICE"})):
+    constant = {"PASS": kind, **fixed, **{flag: flag in given for flag in flags}}
+    signature = {"table": "*i64", "n": "i32", **dict.fromkeys(constant, "constexpr")}
+    source = triton.compiler.ASTSource(ours._passes, signature, constexprs=constant)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    wide = (re.search(op + r"\\.global\\S*\\.v[24]", made) is not None for op in ("ld", "st"))
+    print(kind, *sorted(given), *wide)
+"""
+
+
+def test_the_cuda_passes_compile_and_move_several_words_at_a_time():
+    """Without a GPU too; the interpreter runs what the compiler would refuse."""
+    if TRITON is None:
+        pytest.skip("Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8
+    assert all(line.endswith("True True") for line in lines), done.stdout
+
+
+# -- IVON over the CUDA passes ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """IVON's parameters are trained by Triton, interpreted where there is no GPU."""
+    if TRITON is None:
+        pytest.skip("Triton is not installed")
+    passes = ops_of("triton")
+    monkeypatch.setattr("posterity.ops._fused", lambda p, capturable: passes)
+
+
+def trained(fused, *, lr, capturable, way="train", dtype=F32, **settings):
+    torch.manual_seed(0)
+    on = CUDA if fused is None else "cpu"
+    model = torch.nn.Sequential(torch.nn.Linear(5, 30), torch.nn.Tanh(), torch.nn.Linear(30, 2))
+    model.to(on, dtype)
+    x, y = torch.randn(40, 5).to(on, dtype), torch.randn(40, 2).to(on, dtype)
+    lr = torch.tensor(lr, device=on) if capturable else lr
+    constant = {"ess": 40.0, "hess_init": 0.1, "betas": (0.9, 0.99), "seed": 3}
+    opt = IVON(model.parameters(), lr, **constant, fused=fused, capturable=capturable, **settings)
+
+    def closure():
+        opt.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        if way == "train":
+            opt.train()
+            closure()
+            opt.step()
+        else:
+            opt.step(closure)
+    return [
+        t.double().cpu() for p in model.parameters() for t in (p.detach(), opt.state[p]["hess"])
+    ]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"store_mean": False},
+        {"dtype": BF16},
+        {"way": "closure", "mc_samples": 2, "antithetic": True},
+        {"hess_approx": "gradsq", "gradsq_scale": 40.0},
+    ],
+    ids=str,
+)
+def test_ivon_over_triton_is_ivon_over_the_reference(settings, capturable, triton):
+    ours, theirs = (trained(f, lr=0.1, capturable=capturable, **settings) for f in (None, False))
+    rtol = 2e-2 if "dtype" in settings else 1e-5
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()))
+
+
+def test_with_capturable_the_host_reads_nothing(triton, monkeypatch):
+    w = torch.nn.Parameter(torch.ones(300, device=CUDA))
+    opt = IVON([w], torch.tensor(0.1, device=CUDA), ess=10.0, seed=0, capturable=True)
+    opt.train()
+    w.grad = torch.ones_like(w)
+    opt.step()  # makes what is made once
+
+    def read(tensor, *_):
+        raise AssertionError("read on the host")
+
+    names = ("item", "__float__", "__int__", "__bool__", "tolist")
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(torch.Tensor, name, read)
+        opt.train()
+        opt.step()
+    assert int(opt.param_groups[0]["draws"]) == 2
+
+
+def test_a_moved_counter_draws_other_noise(triton):
+    """As a graph does when it is replayed: the same launch, the counter advanced in place."""
+    like = [torch.empty(300, device=CUDA)]
+    draw = torch.tensor(5, device=CUDA)
+    drawing = noise.Noise(7, draw, 1, [1], like)
+    found = []
+    for _ in range(2):
+        out = [torch.empty(300, device=CUDA)]
+        ops_of("triton").normals(drawing, out)
+        found.append(out[0].cpu())
+        draw += 1
+    for number, ours in zip((5, 6), found, strict=True):
+        theirs = next(iter(noise.Noise(7, number, 1, [1], like))).cpu()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert not torch.equal(*found)

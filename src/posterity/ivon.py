@@ -414,12 +414,11 @@ class IVON(Optimizer):
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
             settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
-            state = [state_of(run, k) for k in ("momentum", "hess", "step")]
+            momentum, hess, steps = (state_of(run, k) for k in ("momentum", "hess", "step"))
             if draw is None:
-                means, grads = [mean_at_rest(s) for s in run], state_of(run, "grad_sum")
-                implementation.update(
-                    means, grads, state_of(run, "product_sum"), *state, **settings
-                )
+                means = [mean_at_rest(s) for s in run]
+                sums = state_of(run, "grad_sum"), state_of(run, "product_sum")
+                implementation.update(means, *sums, momentum, hess, steps, **settings)
                 for slot, mean in zip(run, means, strict=True):
                     if low_precision(slot.param):
                         slot.param.copy_(mean)
@@ -429,7 +428,9 @@ class IVON(Optimizer):
                 noise = draw.noise(run)
                 before = [p._version for p in params]
                 try:
-                    implementation.step(params, means, grads, *state, noise, draw.live, **settings)
+                    implementation.step(
+                        params, means, grads, momentum, hess, steps, noise, draw.live, **settings
+                    )
                 finally:  # after an interrupt too: what has its new mean is not restored
                     versions = zip(run, params, before, strict=True)
                     draw.forget([s for s, p, version in versions if p._version != version])

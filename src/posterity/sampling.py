@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .groups import Group, low_precision
-from .ops import choose
+from .ops import Ops, choose
 from .ops.noise import Noise
 
 SUMS = ("grad_sum", "product_sum")  # of the window's finished samples, in the state until step()
@@ -34,12 +33,12 @@ class Slot(NamedTuple):
     number: int
 
     @property
-    def ops(self) -> ModuleType:
+    def ops(self) -> Ops:
         """The implementation that runs for it now; the parameter may have moved since the draw."""
         return choose(self.param, self.group["fused"], self.group["capturable"])
 
     @property
-    def width(self) -> dict[str, float]:
+    def width(self) -> dict[str, Any]:
         """The settings that make σ of the Hessian."""
         return {k: self.group[k] for k in ("ess", "hess_init", "weight_decay")}
 
@@ -53,12 +52,12 @@ def mean_at_rest(slot: Slot) -> Tensor:
     return mean.copy_(torch.where(mean.to(p.dtype) == p, mean, p.to(mean.dtype)))
 
 
-def runs(slots: Iterable[Slot]) -> Iterator[tuple[ModuleType, list[Slot]]]:
-    """The slots of each implementation and group, in order."""
-    found: dict[tuple[int, ModuleType], list[Slot]] = {}
+def runs(slots: Iterable[Slot]) -> Iterator[tuple[Ops, list[Slot]]]:
+    """The slots of each implementation, group and device, in order."""
+    found: dict[tuple[int, Ops, torch.device], list[Slot]] = {}
     for slot in slots:
-        found.setdefault((id(slot.group), slot.ops), []).append(slot)
-    return iter([(ops, run) for (_, ops), run in found.items()])
+        found.setdefault((id(slot.group), slot.ops, slot.param.device), []).append(slot)
+    return iter([(ops, run) for (_, ops, _), run in found.items()])
 
 
 def params_of(slots: list[Slot]) -> list[Tensor]:
@@ -113,7 +112,7 @@ class Draw:
             raise
 
     def _place(
-        self, ops: ModuleType, slots: list[Slot], low: bool, keep: bool, spare: dict[Tensor, Tensor]
+        self, ops: Ops, slots: list[Slot], low: bool, keep: bool, spare: dict[Tensor, Tensor]
     ) -> None:
         params = params_of(slots)
         if low:
@@ -295,12 +294,13 @@ class Window:
         if draw is None:
             return False
         draw.leave()
-        for slot, grad in zip(slots, grads, strict=True):
-            again = SUMS[0] in slot.state
-            if not again:
+        again = [s for s in slots if SUMS[0] in s.state]
+        for slot in slots:
+            if SUMS[0] not in slot.state:
                 slot.state.update(_no_sums(slot))
-            _accumulate(draw, slot, grad, self.mean(slot), slot.state)
-            if again and slot.param.grad is not None:  # GradScaler must see any sample's overflow
+        self._accumulate(slots, grads, [s.state for s in slots])
+        for slot in again:
+            if slot.param.grad is not None:  # GradScaler must see any sample's overflow
                 for name in SUMS:
                     slot.param.grad.add_(slot.state[name] * 0)
         self.draw = None
@@ -343,19 +343,26 @@ class Window:
 
     def contribution(self) -> Iterator[tuple[Slot, dict[str, Any]]]:
         """The latest sample's sums of each parameter, as they would be after :meth:`close`."""
-        assert self.draw is not None
-        for slot, grad in zip(*self.gradients(last=True), strict=True):
+        slots, grads = self.gradients(last=True)
+        for slot, grad in zip(slots, grads, strict=True):  # one at a time: little memory
             sums = _no_sums(slot)
-            _accumulate(self.draw, slot, grad, self.mean(slot), sums)
+            self._accumulate([slot], [grad], [sums])
             yield slot, sums
+
+    def _accumulate(
+        self, slots: list[Slot], grads: list[Tensor], sums: list[dict[str, Any]]
+    ) -> None:
+        """Add the latest sample to the sums of each parameter."""
+        assert self.draw is not None
+        place = {s.param: i for i, s in enumerate(slots)}
+        for ops, run in runs(slots):
+            at = [place[s.param] for s in run]
+            totals, products = ([sums[i][name] for i in at] for name in SUMS)
+            mine, means = [grads[i] for i in at], [self.mean(s) for s in run]
+            hess, approx = state_of(run, "hess"), run[0].group["hess_approx"]
+            noise = self.draw.noise(run)
+            ops.accumulate(totals, products, mine, means, hess, noise, approx, **run[0].width)
 
 
 def _no_sums(slot: Slot) -> dict[str, Any]:
     return {name: torch.zeros_like(slot.state["hess"]) for name in SUMS}
-
-
-def _accumulate(draw: Draw, slot: Slot, grad: Tensor, mean: Tensor, sums: dict[str, Any]) -> None:
-    totals = ([sums[name]] for name in SUMS)
-    hess, approx = slot.state["hess"], slot.group["hess_approx"]
-    noise = draw.noise([slot])
-    slot.ops.accumulate(*totals, [grad], [mean], [hess], noise, approx, **slot.width)

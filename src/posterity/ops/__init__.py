@@ -1,22 +1,50 @@
 """The maths of IVON in every implementation, and the one place that chooses between them.
 
-An implementation is a module with the functions ``sample``, ``unsample``, ``accumulate``,
-``update`` and ``step`` of :mod:`.reference`, over lists of tensors.
+An implementation has the functions ``sample``, ``unsample``, ``accumulate``, ``update`` and
+``step`` of :mod:`.reference`, over lists of tensors of one device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import cpu, noise, reference
+from . import cpu, fused, noise, reference
 
-__all__ = ["choose", "cpu", "describe", "noise", "reference"]
+__all__ = ["Ops", "choose", "cpu", "describe", "fused", "noise", "reference"]
+
+Ops = ModuleType | fused.Fused
 
 
-def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> ModuleType:
+@cache
+def _triton() -> fused.Fused | str:
+    """The fused CUDA passes, or why there are none. Imported only where a parameter needs them."""
+    try:
+        from .triton import passes
+    except ImportError as error:
+        return f"the fused pass for CUDA needs Triton: {error}"
+    return passes
+
+
+def _fused(p: Tensor, capturable: bool) -> fused.Fused | str:
+    """The fused implementation that runs for a parameter, or why there is none."""
+    if type(p) not in (Tensor, nn.Parameter):  # its values may be elsewhere
+        return f"there is no fused pass for {type(p).__name__}"
+    if p.dtype not in fused.DTYPES:
+        return f"there is no fused pass for {p.dtype}"
+    if p.device.type == "cuda":
+        return _triton()
+    if p.device.type != "cpu":
+        return f"there is no fused pass for {p.device.type} devices"
+    if capturable:
+        return "the host does not read counters that a graph can capture"
+    return cpu.missing() or cpu.passes
+
+
+def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> Ops:
     """The implementation that runs for a parameter.
 
     Args:
@@ -30,23 +58,23 @@ def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> ModuleTyp
     """
     if fused is False:
         return reference
-    if why := cpu.unfit(p, capturable):
-        if fused:
-            raise RuntimeError(
-                f"fused=True, but {why}: pass fused=None to take the best implementation there is"
-            )
-        return reference
-    return cpu
+    found = _fused(p, capturable)
+    if not isinstance(found, str):
+        return found
+    if fused:
+        raise RuntimeError(
+            f"fused=True, but {found}: pass fused=None to take the best implementation there is"
+        )
+    return reference
 
 
 def describe(params: Iterable[Tensor], fused: bool | None, capturable: bool = False) -> str:
     """Which implementations run for these parameters, and why, in words."""
     if fused is False:
         return "reference (asked for by fused=False)"
-    reasons = [cpu.unfit(p, capturable) for p in params] or [cpu.missing()]
-    found = [] if all(reasons) else [cpu.name()]
-    for why in dict.fromkeys(filter(None, reasons)):
-        number = reasons.count(why)
-        some = "" if number == len(reasons) else f" for {number} of {len(reasons)} parameters"
-        found.append(f"reference{some} ({why})")
-    return "; ".join(found)
+    each = [_fused(p, capturable) for p in params] or [cpu.missing() or cpu.passes]
+    words = [f"reference ({e})" if isinstance(e, str) else e.name for e in each]
+    kinds = sorted(dict.fromkeys(words), key=lambda w: w.startswith("reference"))  # fused first
+    if len(kinds) == 1:
+        return words[0]
+    return "; ".join(f"{k} for {words.count(k)} of {len(words)} parameters" for k in kinds)

@@ -1,0 +1,291 @@
+"""What the fused implementations share: the face of the reference, over rows of addresses.
+
+A pass takes one row for each tensor and the settings of their group, and goes once over memory.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .noise import Noise
+from .reference import floor
+
+Tensors = Sequence[Tensor]
+Number = float | Tensor  # a tensor where the host must not read it
+
+SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS = range(5)  # passes
+ROW = struct.Struct("=7Q4qd")
+LOW, LOW_GRAD, REGENERATE, HELD = 1, 2, 4, 8  # flags of a row
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Settings(NamedTuple):
+    """A group's settings for one pass, in the order in which they are packed."""
+
+    noise: Noise | None
+    ess: float
+    delta: float
+    floor: float
+    lr: Number = 0.0
+    beta1: float = 0.0
+    rho: float = 1.0
+    clip: float = math.inf
+    grad_scale: Number = 1.0
+    product_scale: Number = 1.0
+    square_scale: float = 0.0  # > 0: "gradsq"
+
+
+class Flat:
+    """Tensors as row-major memory: their own, or a copy that :meth:`back` writes back."""
+
+    def __init__(self):
+        self.copies: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, t: Tensor) -> int:
+        """The address of memory to read."""
+        if t.is_contiguous() and not t.is_neg():
+            return t.data_ptr()
+        flat = t.resolve_neg().contiguous()
+        self.copies.append((t, flat))
+        return flat.data_ptr()
+
+    def grad(self, t: Tensor) -> tuple[int, int]:
+        """The address of a gradient, and the flag of its dtype."""
+        if t.dtype not in DTYPES:
+            t = t.to(torch.float32)
+            self.copies.append((t, t))
+        return self(t), LOW_GRAD * (t.dtype == torch.bfloat16)
+
+    def back(self, written: Iterable[Tensor]) -> None:
+        """Write back, and tell autograd what changed, which it does not see by itself."""
+        written = list(written)
+        ours = {id(t) for t in written}
+        for t, flat in self.copies:
+            if id(t) in ours:
+                t.copy_(flat)
+        increment_version(written)
+
+
+def row(
+    t: Tensor,
+    number: int,
+    param: int = 0,
+    mean: int = 0,
+    grad: int = 0,
+    sums: tuple[int, int] = (0, 0),
+    momentum: int = 0,
+    hess: int = 0,
+    flags: int = 0,
+    debias: float = 1.0,
+    start: int = 0,
+) -> bytes:
+    """What a pass needs to know of one tensor; addresses of 0 where it has no use for them."""
+    return ROW.pack(
+        *(param, mean, grad, *sums, momentum, hess), *(t.numel(), number, start, flags, debias)
+    )
+
+
+def _settings(
+    noise: Noise | None,
+    *,
+    ess: float,
+    hess_init: float,
+    weight_decay: float,
+    lr: Number = 0.0,
+    betas: tuple[float, float] = (0.0, 0.0),
+    clip_radius: float = math.inf,
+    scale: Number = 1.0,
+    product_scale: Number = 1.0,
+    gradsq_scale: float = 0.0,
+) -> Settings:
+    least, rates = floor(hess_init, weight_decay), (betas[0], 1 - betas[1], clip_radius)
+    scales = (scale, product_scale, gradsq_scale)
+    return Settings(noise, ess, weight_decay, least, lr, *rates, *scales)
+
+
+class Fused:
+    """An implementation that runs each pass once over memory: :meth:`run` is what it must have.
+
+    The other methods are the functions of :mod:`.reference`; the noise must be a ``Noise``, the
+    parameters float32 or bfloat16.
+    """
+
+    name: str
+
+    def run(
+        self, kind: int, rows: list[bytes], settings: Settings, at: Tensor, debias: Tensor | None
+    ) -> None:
+        """One pass on the device of ``at``; ``debias`` replaces that of the rows."""
+        raise NotImplementedError
+
+    def _run(
+        self,
+        kind: int,
+        rows: list[bytes],
+        settings: Settings,
+        flat: Flat,
+        written: Tensors,
+        debias: Tensor | None = None,
+    ) -> None:
+        try:
+            if rows:
+                self.run(kind, rows, settings, written[0], debias)
+        finally:  # an interrupt comes after the pass, which has written then
+            flat.back(written)
+
+    def sample(
+        self,
+        params: Tensors,
+        means: Tensors,
+        hess: Tensors,
+        noise: Noise,
+        keep: bool = False,
+        **width: Any,
+    ):
+        """θ ~ N(m, σ²); as :func:`.reference.sample`."""
+        flat, rows = Flat(), []
+        for p, m, h, number in zip(params, means, hess, noise.numbers, strict=True):
+            if not (keep or m is p or p.dtype == torch.bfloat16):
+                p.copy_(m)
+            at = flat(m) if m is not p and (keep or p.dtype == torch.bfloat16) else 0
+            low = LOW * (p.dtype == torch.bfloat16)
+            rows.append(row(p, number, param=flat(p), mean=at, hess=flat(h), flags=low))
+        written = [*params, *(means if keep else ())]
+        self._run(SAMPLE, rows, _settings(noise, **width), flat, written)
+
+    def unsample(self, params: Tensors, hess: Tensors, noise: Noise, **width: Any):
+        """θ → m up to one rounding; as :func:`.reference.unsample`."""
+        flat = Flat()
+        rows = [
+            row(p, number, param=flat(p), hess=flat(h))
+            for p, h, number in zip(params, hess, noise.numbers, strict=True)
+        ]
+        self._run(UNSAMPLE, rows, _settings(noise, **width), flat, params)
+
+    def accumulate(
+        self,
+        grad_sums: Tensors,
+        product_sums: Tensors,
+        grads: Tensors,
+        means: Tensors,
+        hess: Tensors,
+        noise: Noise,
+        hess_approx: str,
+        **width: Any,
+    ):
+        """Add a sample to the sums over samples; as :func:`.reference.accumulate`."""
+        flat, rows = Flat(), []
+        for p, total, products, grad, m, h, number in zip(
+            noise.like, grad_sums, product_sums, grads, means, hess, noise.numbers, strict=True
+        ):
+            at, flags = flat.grad(grad)
+            flags |= LOW * (p.dtype == torch.bfloat16)
+            sums = flat(total), flat(products)
+            rows.append(
+                row(total, number, mean=flat(m), grad=at, sums=sums, hess=flat(h), flags=flags)
+            )
+        square = float(hess_approx == "gradsq")
+        settings = _settings(noise, gradsq_scale=square, **width)
+        self._run(ACCUMULATE, rows, settings, flat, [*grad_sums, *product_sums])
+
+    def debias(self, steps: Tensors, beta1: float) -> list[float] | Tensor:
+        """The factors 1/(1−β1^t) (5), as a tensor where the host must not read ``steps``."""
+        counts = [float(t) for t in steps]
+        factor = {t: 1 / (1 - beta1**t) for t in set(counts)}
+        return [factor[t] for t in counts]
+
+    def _update(
+        self,
+        flat: Flat,
+        row: Callable[[int, float], bytes],
+        steps: Tensors,
+        noise: Noise | None,
+        written: Tensors,
+        *,
+        hess_approx: str,
+        gradsq_scale: float | None,
+        rescale_lr: bool,
+        debias: bool,
+        **s,
+    ) -> None:
+        for t in steps:
+            t += 1
+        s["lr"] = s["lr"] * (s["hess_init"] + s["weight_decay"] if rescale_lr else 1)
+        square = (gradsq_scale or 0.0) if hess_approx == "gradsq" else 0.0
+        factors = self.debias(steps, s["betas"][0]) if debias else [1.0] * len(steps)
+        unread = factors if isinstance(factors, Tensor) else None
+        known = [1.0] * len(steps) if isinstance(factors, Tensor) else factors
+        rows = [row(i, factor) for i, factor in enumerate(known)]
+        self._run(UPDATE, rows, _settings(noise, gradsq_scale=square, **s), flat, written, unread)
+
+    def update(
+        self,
+        means: Tensors,
+        grads: Tensors,
+        products: Tensors,
+        momentum: Tensors,
+        hess: Tensors,
+        steps: Tensors,
+        **s,
+    ):
+        """Lines (2) to (6) from sums over samples; as :func:`.reference.update`."""
+        flat = Flat()
+
+        def one(i: int, debias: float) -> bytes:
+            sums = flat(grads[i]), flat(products[i])
+            param, g, h = flat(means[i]), flat(momentum[i]), flat(hess[i])
+            return row(means[i], 0, param=param, sums=sums, momentum=g, hess=h, debias=debias)
+
+        self._update(flat, one, steps, None, [*means, *momentum, *hess], **s)
+
+    def step(
+        self,
+        params: Tensors,
+        means: Tensors,
+        grads: Tensors,
+        momentum: Tensors,
+        hess: Tensors,
+        steps: Tensors,
+        noise: Noise,
+        live: bool,
+        **s,
+    ):
+        """Lines (2) to (6) from one sample, in one pass; as :func:`.reference.step`."""
+        flat = Flat()
+
+        def one(i: int, debias: float) -> bytes:
+            p, m = params[i], means[i]
+            grad, flags = flat.grad(grads[i])
+            if p.dtype == torch.bfloat16:
+                flags |= LOW
+            elif live:
+                flags |= REGENERATE if m is p else HELD
+            return row(
+                *(p, noise.numbers[i]),
+                param=flat(p),
+                mean=0 if m is p else flat(m),
+                grad=grad,
+                momentum=flat(momentum[i]),
+                hess=flat(hess[i]),
+                flags=flags,
+                debias=debias,
+            )
+
+        low = [m for p, m in zip(params, means, strict=True) if p.dtype == torch.bfloat16]
+        self._update(flat, one, steps, noise, [*params, *low, *momentum, *hess], **s)
+
+    def normals(self, noise: Noise, outs: Tensors, start: int = 0) -> None:
+        """Write the draw's normals, from element ``start`` on, into contiguous float32 tensors."""
+        rows = [
+            row(out, number, hess=out.data_ptr(), start=start)
+            for out, number in zip(outs, noise.numbers, strict=True)
+        ]
+        settings = _settings(noise, ess=1.0, hess_init=1.0, weight_decay=0.0)
+        self._run(NORMALS, rows, settings, Flat(), outs)

@@ -1,0 +1,335 @@
+"""The fused CUDA passes: all tensors of a group in one launch, nothing read back to the host.
+
+What a pass needs travels as one table of 64-bit words, copied without waiting: a header with the
+settings, then a row for each tensor. What is a tensor itself (the draw's number, a learning rate,
+step counters) is written into the table on the device, so that a CUDA graph replays its new value.
+
+The arithmetic is that of ``_cpu.cpp``, the noise that of ``noise.py``; numbers in brackets are the
+paper's lines (1) to (7).
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (it does not know what Triton makes of a function)
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import defaultdict
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import fused
+from .fused import ROW, Fused, Settings, Tensors
+from .noise import CHUNK, fold_int
+
+HEADER = struct.Struct("=QQ11d")  # key of the seed, number of the draw, sign, then as in Settings
+DRAW, NUMBERS = 1, 3  # words of the header
+WORDS = ROW.size // 8
+MEAN, GRAD_SUM, NUMEL, START, END, DEBIAS = 1, 3, 7, 9, 10, 11  # words of a row
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
+PAIRS = 4096 if INTERPRETED else 512  # counters of a tile; each makes two normals
+TILES = 2 if INTERPRETED else 8  # of a program
+BLOCK = 2 * PAIRS * TILES  # elements of a program
+
+SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE = (
+    tl.constexpr(p) for p in (fused.SAMPLE, fused.UNSAMPLE, fused.ACCUMULATE, fused.UPDATE)
+)
+
+_captured: list[Tensor] = []  # tables on the host: graphs copy them again when they are replayed
+
+
+@triton.jit
+def _float(table, word: tl.constexpr):
+    return tl.load(table + word).to(tl.float64, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _round(x0, x1, r: tl.constexpr):
+    x0 += x1
+    return x0, ((x1 << r) | (x1 >> (32 - r))) ^ x0
+
+
+@triton.jit
+def _rounds(x0, x1, odd: tl.constexpr):
+    x0, x1 = _round(x0, x1, 17 if odd else 13)
+    x0, x1 = _round(x0, x1, 29 if odd else 15)
+    x0, x1 = _round(x0, x1, 16 if odd else 26)
+    return _round(x0, x1, 24 if odd else 6)
+
+
+@triton.jit
+def _threefry(k0, k1, x0, x1):
+    """Threefry-2x32-20 (Salmon et al., SC 2011)."""
+    k2 = k0 ^ k1 ^ 0x1BD11BDA
+    x0, x1 = _rounds(x0 + k0, x1 + k1, False)
+    x0, x1 = _rounds(x0 + k1, x1 + (k2 + 1), True)
+    x0, x1 = _rounds(x0 + k2, x1 + (k0 + 2), False)
+    x0, x1 = _rounds(x0 + k0, x1 + (k1 + 3), True)
+    x0, x1 = _rounds(x0 + k1, x1 + (k2 + 4), False)
+    return x0 + k2, x1 + (k0 + 5)
+
+
+@triton.jit
+def _words(x):
+    """The low and the high word of 64-bit integers."""
+    return x.to(tl.uint32), (x >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _fold(k0, k1, data):
+    low, high = _words(data)
+    return _threefry(k0, k1, low, high)
+
+
+@triton.jit
+def _log(u):
+    """log u for u in (0, 1]: exponent apart, then Cephes' polynomial around 1."""
+    w = u.to(tl.uint32, bitcast=True) - 0x3F3504F3  # mantissa in [√½, √2)
+    e = (w.to(tl.int32, bitcast=True) >> 23).to(tl.float32)
+    f = ((w & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    p = 7.0376836292e-2 * f - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    square = f * f
+    return (f + (p * f * square - 2.12194440e-4 * e - 0.5 * square)) + 0.693359375 * e
+
+
+@triton.jit
+def _normals(k0, k1, counter):
+    """Two standard normals for each counter: the cosine and the sine one (Box–Muller)."""
+    x0, x1 = _fold(k0, k1, counter)
+    u = ((x0 >> 1).to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * (2.0**-31)
+    root = tl.sqrt_rn(-2.0 * _log(u))
+    half_turn = x1 & 0x80000000
+    radius = (root.to(tl.uint32, bitcast=True) ^ half_turn).to(tl.float32, bitcast=True)
+    a = (x1 << 2).to(tl.int32, bitcast=True).to(tl.float32) * (0.78539816339744830962 * 2.0**-31)
+    z = a * a
+    s = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * a + a
+    c = (2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2
+    c = c * z * z - 0.5 * z + 1.0
+    quarter = (x1 & 0x40000000) != 0
+    return radius * tl.where(quarter, -s, c), radius * tl.where(quarter, c, s)
+
+
+@triton.jit
+def _pointer(row, word: tl.constexpr, low: tl.constexpr, aligned: tl.constexpr):
+    base = tl.load(row + word).to(tl.pointer_type(tl.bfloat16 if low else tl.float32))
+    return tl.multiple_of(base, 16) if aligned else base
+
+
+@triton.jit
+def _at_least(x, low):
+    return tl.where(x < low, low, x)  # NaN stays
+
+
+@triton.jit
+def _narrow(x, low: tl.constexpr):
+    if low:  # to nearest even by hand: the interpreter's conversion cuts the last bits off
+        w = x.to(tl.uint32, bitcast=True)
+        rounded = tl.where(x != x, w | 0x00400000, w + 0x7FFF + ((w >> 16) & 1))
+        x = (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x
+
+
+@triton.jit
+def _passes(
+    table,
+    n,
+    PASS: tl.constexpr,
+    LOW: tl.constexpr,  # the parameter is bfloat16
+    LOW_GRAD: tl.constexpr,
+    REGENERATE: tl.constexpr,  # m is to be made as θ−σε
+    HELD: tl.constexpr,  # θ stands in the parameter
+    MEAN: tl.constexpr,  # the rows have a mean
+    SUMS: tl.constexpr,  # the rows have sums over samples
+    PRICE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TILES: tl.constexpr,
+    HEADER_WORDS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    rows = table + HEADER_WORDS
+    first, last = 0, n - 1
+    while first < last:  # the row whose programs these are
+        middle = (first + last) // 2
+        beyond = tl.load(rows + middle * WORDS + 10) <= program
+        first = tl.where(beyond, middle + 1, first)
+        last = tl.where(beyond, last, middle)
+    row = rows + first * WORDS
+    block = program - tl.where(first > 0, tl.load(row - WORDS + 10, first > 0, 0), 0)
+
+    sign, ess, delta, floor = _float(table, 2), _float(table, 3), _float(table, 4), _float(table, 5)
+    numel, start = tl.load(row + 7), tl.load(row + 9)
+    if ALIGNED:
+        numel, start = tl.multiple_of(numel, 4), tl.multiple_of(start, 4)
+    k0, k1 = _words(tl.load(table))
+    k0, k1 = _fold(k0, k1, tl.load(table + 1))
+    k0, k1 = _fold(k0, k1, tl.load(row + 8))
+    begin = start // 256 * 128 + block * (PAIRS * TILES)  # counter
+    left = (start + numel + 255) // 256 * 128 - begin
+    for tile in range(0, tl.minimum((left + PAIRS - 1) // PAIRS, TILES)):
+        lane = tl.arange(0, PAIRS)
+        counter = begin + tile * PAIRS + lane
+        element = (begin + tile * PAIRS) * 2 - start + (lane // 128) * 256 + lane % 128
+        cosines, sines = _normals(k0, k1, counter)
+        for half in tl.static_range(2):
+            at = element + half * 128
+            inside = (at >= 0) & (at < numel)
+            e = (cosines if half == 0 else sines) * sign
+            param = _pointer(row, 0, LOW, ALIGNED) + at
+            mean = _pointer(row, 1, False, ALIGNED) + at
+            hess = _pointer(row, 6, False, ALIGNED) + at
+            if PASS == SAMPLE or PASS == UNSAMPLE:  # noqa: SIM109
+                h = tl.load(hess, inside, 1.0)
+                moved = tl.rsqrt(ess * _at_least(h + delta, floor))
+                if PASS == UNSAMPLE:
+                    theta = tl.load(param, inside, 0.0)
+                    tl.store(param, tl.fma(-moved, e, theta), inside)
+                else:
+                    m = tl.load(mean if LOW else param, inside, 0.0)
+                    if MEAN and not LOW:
+                        tl.store(mean, m, inside)
+                    theta = tl.fma(moved, e, m)  # (7)
+                    tl.store(param, _narrow(theta, LOW), inside)
+            elif PASS == ACCUMULATE or PASS == UPDATE:  # noqa: SIM109
+                h = tl.load(hess, inside, 1.0)
+                sums = _pointer(row, 3, False, ALIGNED) + at
+                products = _pointer(row, 4, False, ALIGNED) + at
+                if SUMS and PASS == UPDATE:
+                    g = tl.load(sums, inside, 0.0)
+                    product = tl.load(products, inside, 0.0)
+                else:
+                    grad = _pointer(row, 2, LOW_GRAD, ALIGNED) + at
+                    g = tl.load(grad, inside, 0.0).to(tl.float32)  # (1)
+                m = tl.load(mean if MEAN else param, inside, 0.0)
+                width = tl.rsqrt(ess * _at_least(h + delta, floor))
+                if REGENERATE:
+                    m = tl.fma(-width, e, m)
+                if PASS == ACCUMULATE or not SUMS:
+                    if not PRICE:
+                        product = g * g
+                    elif HELD:
+                        product = g * (tl.load(param, inside, 0.0) - m)
+                    elif LOW:
+                        product = g * (width * e)
+                    else:  # θ−m as the parameter held it
+                        product = g * (tl.fma(width, e, m) - m)
+                if PASS == ACCUMULATE:
+                    tl.store(sums, tl.load(sums, inside, 0.0) + g, inside)
+                    tl.store(products, tl.load(products, inside, 0.0) + product, inside)
+                else:
+                    momentum = _pointer(row, 5, False, ALIGNED) + at
+                    lr, rate, rho = _float(table, 6), 1.0 - _float(table, 7), _float(table, 8)
+                    clip, debias = _float(table, 9), _float(row, 11)
+                    least = floor - delta
+                    u = _at_least(h + delta, floor)
+                    before = _at_least(h, least)
+                    v = tl.load(momentum, inside, 0.0)
+                    v += rate * (g * _float(table, 10) - v)  # (3)
+                    scale = ess * u if PRICE else _float(table, 12)
+                    r = rho * (product * _float(table, 11) * scale - before)  # with ĥ of (2)
+                    h = _at_least(before + (r + r * r * (0.5 / u)), least)  # (4)
+                    step = (v * debias + delta * m) / _at_least(h + delta, floor)  # (5)
+                    step = _at_least(step, -clip)
+                    m -= lr * tl.where(step > clip, clip, step)  # (6)
+                    tl.store(momentum, v, inside)
+                    tl.store(hess, h, inside)
+                    if LOW:
+                        tl.store(mean, m, inside)
+                    tl.store(param, _narrow(m, LOW), inside)
+            else:
+                tl.store(hess, e, inside)
+
+
+def _table(
+    rows: list[list[Any]], settings: Settings, device: torch.device, debias: Tensor | None
+) -> Tensor:
+    """Header and rows on the device."""
+    noise, numbers = settings.noise, settings[1:]
+    key, draw, sign = (0, 0), 0, 1
+    if noise is not None:
+        key, draw, sign = fold_int((0, 0), noise.seed), noise.draw, noise.sign
+    number = 0 if isinstance(draw, Tensor) else draw % 2**64
+    known = [0.0 if isinstance(x, Tensor) else x for x in numbers]
+    packed = bytearray(HEADER.pack(key[0] | key[1] << 32, number, sign, *known))
+    for row in rows:
+        packed += ROW.pack(*row)
+    host = torch.frombuffer(packed, dtype=torch.int64)
+    if device.type == "cuda":
+        host = host.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(host)
+    table = host.to(device, non_blocking=True)
+    reals = table.view(torch.float64)
+    for word, value in enumerate(numbers, NUMBERS):
+        if isinstance(value, Tensor):
+            reals[word].copy_(value)
+    if isinstance(draw, Tensor):
+        table[DRAW].copy_(draw)
+    if debias is not None:
+        reals[HEADER.size // 8 :].view(-1, WORDS)[:, DEBIAS].copy_(debias)
+    return table
+
+
+class Triton(Fused):
+    """The passes on CUDA tensors."""
+
+    name = "fused CUDA (Triton)"
+
+    def debias(self, steps: Tensors, beta1: float) -> list[float] | Tensor:
+        """As a tensor where the counters are on the device."""
+        if steps and (steps[0].is_cuda or INTERPRETED):
+            return 1 / (1 - beta1 ** torch.stack(list(steps)).double())
+        return super().debias(steps, beta1)
+
+    def run(
+        self, kind: int, rows: list[bytes], settings: Settings, at: Tensor, debias: Tensor | None
+    ) -> None:
+        """One launch for the rows of each kind of memory: one in all, if their dtypes are alike."""
+        alike: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
+        unpacked = [list(ROW.unpack(row)) for row in rows]
+        for i, row in enumerate(unpacked):
+            if row[NUMEL]:
+                alike[row[END], bool(row[MEAN]), bool(row[GRAD_SUM])].append(i)
+        for (flags, mean, sums), members in alike.items():
+            chosen, end, aligned = [unpacked[i] for i in members], 0, True
+            for row in chosen:
+                end += -(-(row[START] % CHUNK + row[NUMEL]) // BLOCK)
+                row[END] = end  # where its flags stood, which are those of the whole launch
+                aligned &= not any(address % 16 for address in row[:NUMEL])
+                aligned &= not (row[NUMEL] % 4 or row[START] % 4)
+            factors = debias if debias is None or len(members) == len(rows) else debias[members]
+            with torch.cuda.device(at.device) if at.is_cuda else nullcontext():
+                _passes[(end,)](
+                    *(_table(chosen, settings, at.device, factors), len(chosen)),
+                    PASS=kind,
+                    LOW=bool(flags & fused.LOW),
+                    LOW_GRAD=bool(flags & fused.LOW_GRAD),
+                    REGENERATE=bool(flags & fused.REGENERATE),
+                    HELD=bool(flags & fused.HELD),
+                    MEAN=mean,
+                    SUMS=sums,
+                    PRICE=settings.square_scale <= 0,
+                    ALIGNED=aligned,
+                    PAIRS=PAIRS,
+                    TILES=TILES,
+                    HEADER_WORDS=HEADER.size // 8,
+                    WORDS=WORDS,
+                    enable_fp_fusion=True,
+                )
+
+
+passes = Triton()
