@@ -414,10 +414,13 @@ from posterity.ops import triton as ours
 
 fixed = {"PAIRS": ours.PAIRS, "TILES": ours.TILES, "WORDS": ours.WORDS, "ALIGNED": True}
 fixed["HEADER_WORDS"] = ours.HEADER.size // 8
-flags = ("LOW", "LOW_GRAD", "REGENERATE", "HELD", "MEAN", "SUMS", "PRICE")
-for kind, given in ((0, {"MEAN"}), (0, {"MEAN", "LOW"}), (1, ()), (2, {"MEAN", "SUMS", "PRICE"}),
-                    (3, {"HELD", "MEAN", "PRICE"}), (3, {"REGENERATE", "PRICE"}), (3, {"SUMS"}),
-                    (3, {"LOW", "LOW_GRAD", "MEAN", "PRICE"})):
+flags = ("LOW", "LOW_GRAD", "REGENERATE", "HELD", "APART", "MEAN", "SUMS", "PRICE")
+cases = (
+    *((0, {"MEAN"}), (0, {"MEAN", "LOW", "APART"}), (1, ()), (2, {"MEAN", "SUMS", "PRICE"})),
+    *((3, {"HELD", "MEAN", "PRICE"}), (3, {"REGENERATE", "PRICE"}), (3, {"SUMS"})),
+    (3, {"LOW", "LOW_GRAD", "MEAN", "PRICE"}),
+)
+for kind, given in cases:
     constant = {"PASS": kind, **fixed, **{flag: flag in given for flag in flags}}
     signature = {"table": "*i64", "n": "i32", **dict.fromkeys(constant, "constexpr")}
     source = triton.compiler.ASTSource(ours._passes, signature, constexprs=constant)

@@ -82,23 +82,24 @@ def bind(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, tuple[str,
 
 
 @contextmanager
-def written(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """A context in which the model holds ``values``, in place; what it held comes back bit by bit.
+def kept(model: nn.Module, like: Mapping[str, Tensor]) -> Iterator[Tensors]:
+    """A context that yields the model's own tensors of these names, and then restores their bits.
 
     Raises:
-        ValueError: as :func:`bind`, before anything is written.
+        ValueError: as :func:`bind`.
     """
-    targets = [tensor.detach() for _, tensor in bind(model, values).values()]
-    kept = [tensor.clone() for tensor in targets]
-    try:
-        _copy(targets, values.values())
-        yield model
-    finally:
-        _copy(targets, kept)
-
-
-def _copy(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    with torch.no_grad():
-        for target, value in zip(targets, values, strict=True):
-            target.copy_(value)  # any dtype, device or memory format; bumps the version counter
+    own = {name: tensor.detach() for name, (_, tensor) in bind(model, like).items()}
+    before = {name: tensor.clone() for name, tensor in own.items()}
     torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights
+    try:
+        yield own
+    finally:
+        fill(own, before)
+        torch.clear_autocast_cache()
+
+
+def fill(targets: Tensors, values: Mapping[str, Tensor]) -> None:
+    """Write values into their targets, of any dtype, device or memory format."""
+    with torch.no_grad():
+        for name, value in values.items():
+            targets[name].copy_(value)

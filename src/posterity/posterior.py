@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .binding import Tensors, clean_name, some, written
-from .ops import noise
+from . import ops
+from .binding import Tensors, clean_name, fill, kept, some
+from .ops.noise import Noise
 from .storage import loaded, save
 
 PARTS = ("mean", "precision", "prior_mean", "prior_precision", "buffers", "pruned")
@@ -39,7 +40,7 @@ def _named(values: Mapping[str, Tensor] | None) -> Tensors | None:
 
 def _number(name: str) -> int:
     """The number of a tensor in the noise: a hash of its name, for files come in any order."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
@@ -181,27 +182,57 @@ class Posterior:
         zeros = {name: m.new_zeros(()) for name, m in self.mean.items()}
         return self.prior_mean or zeros, self.prior_precision
 
-    def sample(self, seed: int, index: int) -> Tensors:
-        """Sample number ``index`` of the stream ``seed``: θ = m + σε, in the mean's dtype.
+    @torch.no_grad()
+    def sample(self, seed: int, index: int, out: Mapping[str, Tensor] | None = None) -> Tensors:
+        """Sample number ``index`` of the stream ``seed``: θ = m + σε.
 
         A pure function of both and of the tensors' names: the same on every machine, in any order,
-        after a file (:mod:`posterity.ops.noise`; between devices the normals agree to a few ulp).
+        after a file (:mod:`posterity.ops.noise`; between implementations the normals agree to a
+        few ulp).
+
+        Args:
+            seed: of the stream.
+            index: of the sample.
+            out: tensors of the mean's names and shapes to write into, of any dtype and device;
+                default new ones like the mean.
+
+        Raises:
+            ValueError: ``out`` has other names or shapes.
         """
-        made: Tensors = {}
-        for device in {m.device for m in self.mean.values()}:
-            names = [name for name, m in self.mean.items() if m.device == device]
-            numbers, sizes = map(_number, names), [self.mean[name].numel() for name in names]
-            flat = noise.normals(noise.draw_key(seed, index, device), list(numbers), sizes)
-            for name, values in zip(names, flat, strict=True):
-                m = self.mean[name]
-                made[name] = (m + values.view(m.shape) * self._std(name)).to(m.dtype)
+        if out is None:
+            made = {name: torch.empty_like(m) for name, m in self.mean.items()}
+        else:
+            made = {name: t.detach() for name, t in out.items()}
+            if odd := made.keys() ^ self.mean.keys():
+                raise ValueError(f"out and mean have different names: {some(sorted(odd))}")
+            if odd := [n for n, m in self.mean.items() if made[n].shape != m.shape]:
+                raise ValueError(f"out and mean differ in shape: {some(odd)}")
+        alike: dict[tuple[ops.Ops, torch.device], list[str]] = {}
+        for name, m in self.mean.items():
+            alike.setdefault((self._ops(name, made[name]), m.device), []).append(name)
+        for (implementation, _), names in alike.items():
+            means = [self.mean[name] for name in names]
+            precisions = [self.precision[name].to(_wide(self.precision[name])) for name in names]
+            noise = Noise(seed, index, 1, [_number(name) for name in names], means)
+            into = [made[name] for name in names]
+            implementation.sample(
+                into, means, precisions, noise, ess=1.0, hess_init=0.0, weight_decay=0.0
+            )
+        for name, pruned in (self.pruned or {}).items():
+            made[name].masked_fill_(pruned.to(made[name].device), 0)
         return {name: made[name] for name in self.mean}
+
+    def _ops(self, name: str, target: Tensor) -> ops.Ops:
+        m = self.mean[name]
+        fits = m.dtype == self.precision[name].dtype == torch.float32 and m.device == target.device
+        return ops.choose(target, None) if fits else ops.reference
 
     def state(self, seed: int, index: int) -> Tensors:
         """All that sample ``index`` writes into a model: :meth:`sample`, and the buffers."""
         return self.sample(seed, index) | self.buffers
 
-    def sampled(self, model: nn.Module, seed: int, index: int) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def sampled(self, model: nn.Module, seed: int, index: int) -> Iterator[nn.Module]:
         """A context in which the model holds sample ``index``; it then gets back what it held.
 
         Written in place (tied weights, low precision, channels last are fine) and restored bit by
@@ -210,11 +241,17 @@ class Posterior:
         Raises:
             ValueError: the model has other names or shapes; nothing is written then.
         """
-        return written(model, self.state(seed, index))
+        with kept(model, self.mean | self.buffers) as own:
+            self.sample(seed, index, {name: own[name] for name in self.mean})
+            fill(own, self.buffers)
+            yield model
 
-    def at_mean(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def at_mean(self, model: nn.Module) -> Iterator[nn.Module]:
         """A context in which the model holds the mean (and the buffers), as :meth:`sampled`."""
-        return written(model, self.mean | self.buffers)
+        with kept(model, self.mean | self.buffers) as own:
+            fill(own, self.mean | self.buffers)
+            yield model
 
     def log_prob(self, sample: Mapping[str, Tensor]) -> float:
         """log q(θ) in nats, summed in float64: Σ ½[log precision − precision·(θ−m)² − log 2π].
@@ -407,7 +444,7 @@ class Mixture:
 
     def sampled(self, model: nn.Module, seed: int, index: int) -> AbstractContextManager[nn.Module]:
         """A context in which the model holds sample ``index``, as :meth:`Posterior.sampled`."""
-        return written(model, self.state(seed, index))
+        return self.components[self.component(index)].sampled(model, seed, index)
 
     def log_prob(self, sample: Mapping[str, Tensor]) -> float:
         """log Σ_k w_k q_k(θ) in nats, in float64."""

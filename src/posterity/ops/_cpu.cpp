@@ -20,8 +20,9 @@ namespace {
 constexpr int CHUNK = 256, HALF = CHUNK / 2;
 
 // LOW, LOW_GRAD: the parameter, its gradient is bfloat16. HELD, REGENERATE: in an update the
-// parameter still holds θ, and m stands in `mean`, or is to be made as θ−σε.
-enum Flag { LOW = 1, LOW_GRAD = 2, REGENERATE = 4, HELD = 8 };
+// parameter still holds θ, and m stands in `mean`, or is to be made as θ−σε. APART: for a sample m
+// stands in `mean`, and is not to be kept there.
+enum Flag { LOW = 1, LOW_GRAD = 2, REGENERATE = 4, HELD = 8, APART = 16 };
 
 // A tensor, as posterity/ops/cpu.py packs it. Null where a pass has no use for a pointer.
 struct Row {
@@ -194,10 +195,10 @@ struct Scalars {  // of a group, in the precision of the state
 // θ ← m + σε (7); m is kept where `mean` has room for it.
 INLINE void sample(const Row &row, const Scalars &s, const Span &span, const float *e) {
   alignas(64) float a[CHUNK], b[CHUNK], theta[CHUNK];
-  const bool low = row.flags & LOW;
-  const float *m = low ? load(row.mean, span, false, a) : load(row.param, span, false, a);
+  const bool low = row.flags & LOW, apart = row.flags & APART;
+  const float *m = load(apart ? reinterpret_cast<char *>(row.mean) : row.param, span, false, a);
   const float *h = load(row.hess, span, false, b);
-  if (row.mean && !low) store(m, row.mean, span, false);
+  if (row.mean && !apart) store(m, row.mean, span, false);
 #pragma omp simd
   for (int i = 0; i < CHUNK; i++)
     theta[i] = m[i] + rsqrt(s.ess * at_least(h[i] + s.delta, s.floor)) * e[i];

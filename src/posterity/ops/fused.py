@@ -22,7 +22,7 @@ Number = float | Tensor  # a tensor where the host must not read it
 
 SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS = range(5)  # passes
 ROW = struct.Struct("=7Q4qd")
-LOW, LOW_GRAD, REGENERATE, HELD = 1, 2, 4, 8  # flags of a row
+LOW, LOW_GRAD, REGENERATE, HELD, APART = 1, 2, 4, 8, 16  # flags of a row
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -152,11 +152,9 @@ class Fused:
         """θ ~ N(m, σ²); as :func:`.reference.sample`."""
         flat, rows = Flat(), []
         for p, m, h, number in zip(params, means, hess, noise.numbers, strict=True):
-            if not (keep or m is p or p.dtype == torch.bfloat16):
-                p.copy_(m)
-            at = flat(m) if m is not p and (keep or p.dtype == torch.bfloat16) else 0
-            low = LOW * (p.dtype == torch.bfloat16)
-            rows.append(row(p, number, param=flat(p), mean=at, hess=flat(h), flags=low))
+            at = 0 if m is p else flat(m)
+            flags = LOW * (p.dtype == torch.bfloat16) | APART * (m is not p and not keep)
+            rows.append(row(p, number, param=flat(p), mean=at, hess=flat(h), flags=flags))
         written = [*params, *(means if keep else ())]
         self._run(SAMPLE, rows, _settings(noise, **width), flat, written)
 

@@ -151,6 +151,7 @@ def _passes(
     LOW_GRAD: tl.constexpr,
     REGENERATE: tl.constexpr,  # m is to be made as θ−σε
     HELD: tl.constexpr,  # θ stands in the parameter
+    APART: tl.constexpr,  # a sample's m is not to be kept
     MEAN: tl.constexpr,  # the rows have a mean
     SUMS: tl.constexpr,  # the rows have sums over samples
     PRICE: tl.constexpr,
@@ -199,8 +200,8 @@ def _passes(
                     theta = tl.load(param, inside, 0.0)
                     tl.store(param, tl.fma(-moved, e, theta), inside)
                 else:
-                    m = tl.load(mean if LOW else param, inside, 0.0)
-                    if MEAN and not LOW:
+                    m = tl.load(mean if APART else param, inside, 0.0)
+                    if MEAN and not APART:
                         tl.store(mean, m, inside)
                     theta = tl.fma(moved, e, m)  # (7)
                     tl.store(param, _narrow(theta, LOW), inside)
@@ -320,6 +321,7 @@ class Triton(Fused):
                     LOW_GRAD=bool(flags & fused.LOW_GRAD),
                     REGENERATE=bool(flags & fused.REGENERATE),
                     HELD=bool(flags & fused.HELD),
+                    APART=bool(flags & fused.APART),
                     MEAN=mean,
                     SUMS=sums,
                     PRICE=settings.square_scale <= 0,
