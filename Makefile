@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench bench-gpu docs clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile
@@ -17,8 +17,11 @@ test: .venv/dev lint  ## lint, types, all tests and doctests
 lint: .venv/dev  ## format, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/dev  ## one step of each optimizer and implementation, ratios to fused AdamW
-	@$(BIN)/python benchmarks/step.py
+bench: .venv/dev  ## what IVON costs beside AdamW on this machine: steps, memory, whole training
+	@$(BIN)/python -m benchmarks
+
+bench-gpu: .venv/dev  ## the same on a GPU (PyTorch with CUDA has to be in .venv)
+	@$(BIN)/python -m benchmarks --device cuda --only optimizers sizes --out runs/bench-gpu
 
 docs: .venv/dev  ## API pages from the docstrings, to site/
 	@$(BIN)/pdoc -o site posterity posterity_studies

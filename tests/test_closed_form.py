@@ -292,3 +292,39 @@ def test_a_thousand_samples_have_the_mean_and_variance_of_the_posterior():
         assert abs(z.mean()) < 4 / math.sqrt(2 * size)
         assert abs(z.square().mean() - 1) < 4 * math.sqrt(2 / (2 * size))
         assert z.abs().max() < 4.5  # of 600: once in 250 such tests
+
+
+@pytest.mark.parametrize("slope", [0.0, 3.0])
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_what_antithetic_pairs_do_to_the_variance(antithetic, slope):
+    """For ℓ(θ) = aθ²/2 of slope g at the mean: from two samples ĝ has variance (aσ)²/2, from a pair
+    none; ĥ = gε/σ + aε² (2) has (g/σ)²/2 + a² from two, and 2a² from a pair, for ε² is the same.
+
+    A pair removes the slope's noise altogether, which is most of it away from the optimum; at the
+    optimum two samples are better.
+    """
+    a, n, sigma, rho = 2.0, 50_000, 0.2, 1e-6
+    mean = torch.full((n,), slope / a, dtype=torch.float64)
+    w = torch.nn.Parameter(mean.clone())
+    h0 = 1 / (10 * sigma**2)
+    opt = IVON(
+        [w], 0.0, ess=10, hess_init=h0, weight_decay=0.0, betas=(0.0, 1 - rho), debias=False,
+        mc_samples=2, antithetic=antithetic, seed=0,
+    )  # fmt: skip
+
+    def closure():
+        opt.zero_grad()
+        loss = a * w.square().sum() / 2
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    ghat, hhat = opt.state[w]["momentum"], (opt.state[w]["hess"] - h0) / rho + h0
+    pair = {"ĝ": 0.0, "ĥ": 2 * a**2}
+    two = {"ĝ": (a * sigma) ** 2 / 2, "ĥ": (slope / sigma) ** 2 / 2 + a**2}
+    for (name, expected), found in zip(
+        (pair if antithetic else two).items(), (ghat, hhat), strict=True
+    ):
+        squares = (found - found.mean()).square()
+        assert abs(squares.mean() - expected) <= 4 * squares.std() / math.sqrt(n) + 1e-4, name
+    assert abs(hhat.mean() - a) < 4 * hhat.std() / math.sqrt(n) + 1e-4

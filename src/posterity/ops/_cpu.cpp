@@ -63,20 +63,14 @@ INLINE uint32_t rotate(uint32_t x, int r) { return (x << r) | (x >> (32 - r)); }
 INLINE float at_least(float x, float low) { return x < low ? low : x; }  // NaN stays
 INLINE float at_most(float x, float high) { return x > high ? high : x; }
 
-// 1/√x and 1/x by Newton's iteration from a guess in the exponent, in the units that multiply and
-// not in the divider. NaN in, NaN out.
+// 1/√x by Newton's iteration from a guess in the exponent: the divider, which roots and quotients
+// share, has its fill of the others. NaN in, NaN out.
 INLINE float rsqrt(float x) {
   x = at_most(x, 3e38f);  // beyond float32 σ is next to nothing, not infinite
   float y = real(0x5f375a86u - (word(x) >> 1)), half = 0.5f * x;
   y *= 1.5f - half * y * y;
   y *= 1.5f - half * y * y;
   return y * (1.5f - half * y * y);
-}
-INLINE float reciprocal(float x) {
-  float y = real(0x7ef311c7u - word(x));
-  y *= 2.0f - x * y;
-  y *= 2.0f - x * y;
-  return y * (2.0f - x * y);
 }
 
 // Threefry-2x32-20 (Salmon et al., SC 2011).
@@ -123,10 +117,8 @@ INLINE void normals(uint32_t k0, uint32_t k1, uint64_t chunk, float sign, float 
   for (int i = 0; i < HALF; i++) {
     uint32_t x0 = low + uint32_t(i), x1 = high;
     threefry(k0, k1, x0, x1);
-    const float log_u = logarithm((float(int32_t(x0 >> 1)) + 0.5f) * 0x1p-31f);
-    const float minus_two = -2.0f * log_u;
-    const float inverse = rsqrt(at_least(minus_two, 1e-30f)), guess = minus_two * inverse;
-    const float root = guess + 0.5f * inverse * (minus_two - guess * guess);
+    const float u = float(int32_t(x0 >> 1)) * 0x1p-31f + 0x1p-32f;
+    const float root = __builtin_sqrtf(-2.0f * logarithm(u));
     const float radius = real(word(root) ^ (x1 & 0x80000000u)) * sign;
     const float a = float(int32_t(x1 << 2)) * float(0.78539816339744830962 * 0x1p-31);
     const float z = a * a;
@@ -192,6 +184,12 @@ struct Scalars {  // of a group, in the precision of the state
   float ess, delta, floor, least, lr, momentum_rate, rho, clip, grad, product, square;
 };
 
+// σε (7). Rounded by itself, not inside a fused multiply-add, so that every pass has the same bits.
+INLINE void perturbation(const float *h, const float *e, const Scalars &s, float *d) {
+#pragma omp simd
+  for (int i = 0; i < CHUNK; i++) d[i] = rsqrt(s.ess * at_least(h[i] + s.delta, s.floor)) * e[i];
+}
+
 // θ ← m + σε (7); m is kept where `mean` has room for it.
 INLINE void sample(const Row &row, const Scalars &s, const Span &span, const float *e) {
   alignas(64) float a[CHUNK], b[CHUNK], theta[CHUNK];
@@ -199,35 +197,26 @@ INLINE void sample(const Row &row, const Scalars &s, const Span &span, const flo
   const float *m = load(apart ? reinterpret_cast<char *>(row.mean) : row.param, span, false, a);
   const float *h = load(row.hess, span, false, b);
   if (row.mean && !apart) store(m, row.mean, span, false);
+  perturbation(h, e, s, theta);
 #pragma omp simd
-  for (int i = 0; i < CHUNK; i++)
-    theta[i] = m[i] + rsqrt(s.ess * at_least(h[i] + s.delta, s.floor)) * e[i];
+  for (int i = 0; i < CHUNK; i++) theta[i] += m[i];
   store(theta, row.param, span, low);
 }
 
 // θ → m = θ−σε, up to one rounding.
 INLINE void unsample(const Row &row, const Scalars &s, const Span &span, const float *e) {
-  alignas(64) float a[CHUNK], b[CHUNK];
+  alignas(64) float a[CHUNK], b[CHUNK], moved[CHUNK];
   float *theta = load(row.param, span, false, a);
-  const float *h = load(row.hess, span, false, b);
+  perturbation(load(row.hess, span, false, b), e, s, moved);
 #pragma omp simd
-  for (int i = 0; i < CHUNK; i++)
-    theta[i] -= rsqrt(s.ess * at_least(h[i] + s.delta, s.floor)) * e[i];
+  for (int i = 0; i < CHUNK; i++) theta[i] -= moved[i];
   store(theta, row.param, span, false);
 }
 
-// θ−m as the parameter held it; for bfloat16 σε, since rounding would outweigh it there.
-INLINE void displacement(const float *m, const float *h, const float *e, const Scalars &s, bool low,
-                         float *d) {
-  if (low) {
+// σε → θ−m as the parameter held it. For bfloat16 σε stays: rounding would outweigh it there.
+INLINE void round_to(const float *m, float *d) {
 #pragma omp simd
-    for (int i = 0; i < CHUNK; i++)
-      d[i] = rsqrt(s.ess * at_least(h[i] + s.delta, s.floor)) * e[i];
-  } else {
-#pragma omp simd
-    for (int i = 0; i < CHUNK; i++)
-      d[i] = (m[i] + rsqrt(s.ess * at_least(h[i] + s.delta, s.floor)) * e[i]) - m[i];
-  }
+  for (int i = 0; i < CHUNK; i++) d[i] = (m[i] + d[i]) - m[i];
 }
 
 // Σĝ and Σĝ(θ−m), or Σĝ², over samples.
@@ -238,8 +227,8 @@ INLINE void accumulate(const Row &row, const Scalars &s, const Span &span, const
   if (s.square > 0) {
     copy(g, moved);
   } else {
-    displacement(load(row.mean, span, false, f), load(row.hess, span, false, d), e, s,
-                 row.flags & LOW, moved);
+    perturbation(load(row.hess, span, false, d), e, s, moved);
+    if (!(row.flags & LOW)) round_to(load(row.mean, span, false, f), moved);
   }
 #pragma omp simd
   for (int i = 0; i < CHUNK; i++) {
@@ -257,10 +246,11 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const flo
                                 : load(row.grad, span, row.flags & LOW_GRAD, a);
   float *momentum = load(row.momentum, span, false, b), *h = load(row.hess, span, false, c);
   copy(row.mean ? load(row.mean, span, false, d) : load(row.param, span, false, d), m);
-  if (row.flags & REGENERATE) {  // m = θ−σε
+  const bool held = row.flags & HELD, regenerate = row.flags & REGENERATE;
+  if (regenerate || (s.square <= 0 && !row.grad_sum && !held)) perturbation(h, e, s, made);
+  if (regenerate) {  // m = θ−σε
 #pragma omp simd
-    for (int i = 0; i < CHUNK; i++)
-      m[i] -= rsqrt(s.ess * at_least(h[i] + s.delta, s.floor)) * e[i];
+    for (int i = 0; i < CHUNK; i++) m[i] -= made[i];
   }
   const float *product = made;
   if (row.grad_sum) {
@@ -268,12 +258,12 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const flo
   } else {
     if (s.square > 0) {
       copy(g, made);
-    } else if (row.flags & HELD) {  // the same bits as from the noise, for one more word read
+    } else if (held) {  // the same bits as from the noise, for one more word read
       const float *theta = load(row.param, span, false, f);
 #pragma omp simd
       for (int i = 0; i < CHUNK; i++) made[i] = theta[i] - m[i];
-    } else {
-      displacement(m, h, e, s, row.flags & LOW, made);
+    } else if (!(row.flags & LOW)) {
+      round_to(m, made);
     }
 #pragma omp simd
     for (int i = 0; i < CHUNK; i++) made[i] *= g[i];
@@ -287,9 +277,9 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const flo
     momentum[i] += s.momentum_rate * (g[i] * s.grad - momentum[i]);  // (3)
     const float curved = product[i] * s.product * (price ? s.ess * u : s.square);  // ĥ (2)
     const float r = s.rho * (curved - before);
-    h[i] = at_least(before + (r + r * r * (0.5f * reciprocal(u))), s.least);  // (4)
+    h[i] = at_least(before + (r + r * r * (0.5f / u)), s.least);  // (4)
     const float slope = momentum[i] * debias + s.delta * m[i];  // (5)
-    const float step = slope * reciprocal(at_least(h[i] + s.delta, s.floor));
+    const float step = slope / at_least(h[i] + s.delta, s.floor);
     m[i] -= s.lr * at_most(at_least(step, -s.clip), s.clip);  // (6)
   }
   store(momentum, row.momentum, span, false);

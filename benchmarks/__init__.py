@@ -1,0 +1,1 @@
+"""What IVON costs beside AdamW: `python -m benchmarks`."""

@@ -1,0 +1,50 @@
+"""Ratios to fused AdamW, of rounds that alternate with its own in the same minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+SLOWED = 1e-9  # seconds a parameter: above it the machine is busy with other things
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratio(
+    work: Callable[[], object],
+    base: Callable[[], object],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    numel: int = 0,
+) -> dict[str, float] | None:
+    """Median seconds of both and their ratio; None where the machine was too busy.
+
+    Args:
+        work: one step of the optimizer in question.
+        base: one step of fused AdamW.
+        rounds: of both, after two to warm up.
+        device: that both run on.
+        numel: number of parameters, where ``base`` is the optimizer alone: rounds in which it
+            takes more than 1 ms per million are thrown away.
+    """
+    kept = []
+    for i in range(rounds + 2):
+        pair = seconds(base, device), seconds(work, device)
+        if i >= 2 and (numel < 1_000_000 or pair[0] < SLOWED * numel):
+            kept.append(pair)
+    if 2 * len(kept) < rounds:
+        return None
+    least, mine = (median(column) for column in zip(*kept, strict=True))
+    return {"base": least, "seconds": mine, "ratio": mine / least, "rounds": len(kept)}
