@@ -96,7 +96,8 @@ def test_the_quick_loss_is_the_loss(diabetes):
     assert torch.allclose(slow, quick, rtol=1e-10, atol=1e-12)
 
 
-def test_regression_converges_to_the_best_gaussian(diabetes):
+@pytest.mark.parametrize("store_mean", [True, False])
+def test_regression_converges_to_the_best_gaussian(store_mean, diabetes):
     """The chains' mean is the exact posterior mean, and their h the exact diagonal of H.
 
     Both are read off after the last step. With R independent chains the standard error of an
@@ -114,7 +115,7 @@ def test_regression_converges_to_the_best_gaussian(diabetes):
     diagonal, u = hessian.diagonal(), hessian.diagonal() + diabetes.delta
     weights = torch.nn.Parameter(torch.zeros(CHAINS, len(exact)))
     width = {"ess": diabetes.n, "hess_init": 5.0, "weight_decay": diabetes.delta}
-    opt = IVON([weights], 1.0, **width, rescale_lr=False, seed=0)
+    opt = IVON([weights], 1.0, **width, rescale_lr=False, store_mean=store_mean, seed=0)
     group, loss = opt.param_groups[0], diabetes.quick_loss()
     rho = 0.008
     for lr, decay, steps in ((1.0, 0.01, 500), (0.1, 0.02, 80), (0.02, rho, 650)):

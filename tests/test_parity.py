@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from posterity import IVON
+from posterity.groups import SETTINGS
 from posterity.ops import choose, cpu, describe, fused, noise, reference
 
 if cpu.missing():
@@ -372,6 +374,26 @@ def test_settings_that_change_while_a_sample_is_live_do_not_harm_the_mean():
         opt.param_groups[0]["weight_decay"] = 1.0
         leave()
         torch.testing.assert_close(w.data, torch.tensor([1.0, 2, 3, 4]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["context", "train", "eval"])
+def test_settings_that_change_before_the_step_do_not_change_the_sample_it_saw(way):
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    opt = IVON([w], 0.0, ess=10.0, betas=(0.9, 0.9), seed=0)
+    mean, grad = w.detach().clone(), torch.tensor([1.0, -2.0, 3.0, 0.5])
+    with opt.sampled_params(train=True) if way == "context" else nullcontext():
+        if way != "context":
+            opt.train()
+        moved = w.detach() - mean
+        w.grad = grad.clone()
+    if way == "eval":
+        opt.eval()
+    opt.param_groups[0].update(ess=1000.0, weight_decay=0.5)
+    opt.step()
+    state = [torch.zeros(4), torch.ones(4), torch.zeros(())]
+    group = {k: opt.param_groups[0][k] for k in SETTINGS}
+    reference.update([mean], [grad], [grad * moved], *([t] for t in state), **group)
+    torch.testing.assert_close(opt.state[w]["hess"], state[1])
 
 
 def test_a_negated_gradient_keeps_its_sign(level):

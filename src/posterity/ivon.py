@@ -387,14 +387,12 @@ class IVON(Optimizer):
         if found_inf is not None and float(found_inf):
             return None
         draw = self._window.draw
-        if self._whole["pending"] or draw is None:  # from the sums over samples
+        if self._whole["pending"] or draw is None or draw.outdated:  # from the sums over samples
             self._close(last=True, checked=scale is not None)
             slots = [s for s in self._slots() if "grad_sum" in s.state]
             draw, grads = None, state_of(slots, "grad_sum")
         else:  # from the one sample, in one pass
             self._slots()  # the parameters may have moved since the sample was drawn
-            if draw.live and draw.outdated:
-                draw.leave()
             slots, grads = self._window.gradients(last=True, checked=scale is not None)
         if found_inf is not None and not all(g.isfinite().all() for g in grads):
             return None  # of a sample whose gradients the scaler could not see any more

@@ -133,7 +133,7 @@ class Draw:
 
     @property
     def outdated(self) -> bool:
-        """Whether σ's settings have changed since: a step can then not make σε again."""
+        """Whether σ's settings have changed since: the step's own can then not make σε again."""
         return any(self.widths[id(s.group)] != s.width for s in self.slots.values())
 
     def source(self, slot: Slot, param: Tensor) -> Tensor:
@@ -361,7 +361,8 @@ class Window:
             mine, means = [grads[i] for i in at], [self.mean(s) for s in run]
             hess, approx = state_of(run, "hess"), run[0].group["hess_approx"]
             noise = self.draw.noise(run)
-            ops.accumulate(totals, products, mine, means, hess, noise, approx, **run[0].width)
+            width = self.draw.widths[id(run[0].group)]
+            ops.accumulate(totals, products, mine, means, hess, noise, approx, **width)
 
 
 def _no_sums(slot: Slot) -> dict[str, Any]:
