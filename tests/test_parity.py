@@ -364,6 +364,69 @@ def test_parameters_that_change_their_dtype_before_the_step_go_to_the_reference(
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_parameters_that_change_their_dtype_are_read_in_the_new_one(contexts, changed):
+    """No memory of one dtype is read as another's."""
+    found = []
+    for how in (None, False):
+        w = torch.nn.Parameter(torch.ones(6, dtype=F64))
+        opt = IVON([w], 0.1, ess=10.0, seed=0, fused=how)
+        for i in range(contexts):
+            with opt.sampled_params(train=True):
+                w.grad = torch.ones_like(w)
+            if i == 0:
+                w.grad = None
+                w.data = w.data.float()
+        if changed:
+            opt.param_groups[0]["weight_decay"] = 1e-3
+        opt.step()
+        found.append((w.detach(), opt.state[w]["momentum"]))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_of_another_size_is_refused():
+    w = torch.nn.Parameter(torch.ones(4))
+    opt = IVON([w], 0.1, ess=10.0, seed=0)
+    opt.train()
+    w.grad = torch.ones(4)
+    opt.step()
+    w.data = torch.ones(8)
+    with pytest.raises(ValueError, match=r"become \(8,\)"):
+        opt.train()
+
+
+@pytest.mark.parametrize("store_mean", [True, False])
+@pytest.mark.parametrize("when", ["train", "eval", "step"])
+def test_a_pass_that_fails_before_it_writes_changes_nothing(when, store_mean, triton, monkeypatch):
+    """A compiler that is missing or interrupted, memory that runs out."""
+    module = import_module("posterity.ops.triton")
+    start = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    w = torch.nn.Parameter(start.to(CUDA))
+    opt = IVON([w], 0.1, ess=10.0, seed=0, store_mean=store_mean)
+
+    def fail(*_):
+        raise MemoryError
+
+    if when == "train":
+        monkeypatch.setattr(module, "_table", fail)
+        with pytest.raises(MemoryError):
+            opt.train()
+    else:
+        opt.train()
+        w.grad = torch.ones_like(w)
+        if not (when == "eval" and store_mean):  # there no pass runs
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "_table", fail)
+                with pytest.raises(MemoryError):
+                    opt.eval() if when == "eval" else opt.step()
+        opt.eval()
+        assert int(opt.state[w]["step"]) == 0
+    torch.testing.assert_close(w.detach().cpu(), start, rtol=0, atol=1e-6)
+
+
 def test_settings_that_change_while_a_sample_is_live_do_not_harm_the_mean():
     w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     opt = IVON([w], 0.0, ess=10.0, seed=0, store_mean=False)

@@ -198,6 +198,11 @@ class IVON(Optimizer):
         if state["hess"].device != p.device or state["hess"].dtype != dtype:
             for name in state.keys() & checkpoint.SHAPED:
                 state[name] = state[name].to(p.device, dtype)
+        if state["hess"].shape != p.shape:
+            raise ValueError(
+                f"a parameter has become {tuple(p.shape)}, but its state is "
+                f"{tuple(state['hess'].shape)}: build a new IVON for it"
+            )
         if state["step"].device != on:
             state["step"] = state["step"].to(on)
         return state
@@ -262,8 +267,9 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def _new_draw(self, way: str) -> None:
+        self._guard_capture()
+        slots, whole = self._slots(), self._whole  # first: the parameters may have moved
         self._close(last=False)
-        slots, whole = self._slots(), self._whole
         if slots and not self._agreed and not distributed.alone():
             groups.agree(self.param_groups, slots[0].param.device)
             self._agreed = True
@@ -275,6 +281,14 @@ class IVON(Optimizer):
         number = whole["draws"] - 1 if mirrored else groups.count(self.param_groups, "draws")
         draw = Draw(whole["seed"], number, -1 if mirrored else 1, way)
         self._window.open(draw, slots, whole["store_mean"])
+
+    def _guard_capture(self) -> None:
+        if self._whole["capturable"] or not torch.cuda.is_initialized():
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph would replay the same noise: build IVON with capturable=True"
+            )
 
     @torch.no_grad()
     def _hold(self) -> None:
@@ -290,6 +304,7 @@ class IVON(Optimizer):
     @contextmanager
     def _evaluation_sample(self) -> Iterator[None]:
         with self._within("sampled_params()"):
+            self._guard_capture()
             slots = self._slots()
             number = -1 - groups.count(self.param_groups, "eval_draws")
             draw = Draw(self._whole["seed"], number, 1, "evaluation")
@@ -387,14 +402,15 @@ class IVON(Optimizer):
         if found_inf is not None and float(found_inf):
             return None
         draw = self._window.draw
+        self._slots()  # the parameters may have moved since the sample was drawn
         if self._whole["pending"] or draw is None or draw.outdated:  # from the sums over samples
             self._close(last=True, checked=scale is not None)
             slots = [s for s in self._slots() if "grad_sum" in s.state]
             draw, grads = None, state_of(slots, "grad_sum")
         else:  # from the one sample, in one pass
-            self._slots()  # the parameters may have moved since the sample was drawn
             slots, grads = self._window.gradients(last=True, checked=scale is not None)
-        if found_inf is not None and not all(g.isfinite().all() for g in grads):
+        unseen = [g for s, g in zip(slots, grads, strict=True) if s.param.grad is not g]
+        if found_inf is not None and not all(g.isfinite().all() for g in unseen):
             return None  # of a sample whose gradients the scaler could not see any more
         if not slots:
             if not self._warned:

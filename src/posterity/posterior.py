@@ -224,7 +224,8 @@ class Posterior:
 
     def _ops(self, name: str, target: Tensor) -> ops.Ops:
         m = self.mean[name]
-        fits = m.dtype == self.precision[name].dtype == torch.float32 and m.device == target.device
+        fits = all(x.dtype == torch.float32 for x in (m, self.precision[name]))
+        fits &= m.device == target.device == self.precision[name].device
         return ops.choose(target, None) if fits else ops.reference
 
     def state(self, seed: int, index: int) -> Tensors:

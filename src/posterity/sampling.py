@@ -139,7 +139,7 @@ class Draw:
     def source(self, slot: Slot, param: Tensor) -> Tensor:
         """Where a step finds the mean: kept, or at rest in the parameter, or there under σε."""
         if self.live and not low_precision(param):
-            return self.means.get(slot.param, param)
+            return self._kept(slot.param) if slot.param in self.means else param
         if self.live:
             return slot.state["mean"]
         return mean_at_rest(slot) if low_precision(param) else param
@@ -175,6 +175,9 @@ class Draw:
         self.means, self.live = {}, False
         torch.clear_autocast_cache()
 
+    def _kept(self, p: Tensor) -> Tensor:
+        return self.means[p].to(p.device, p.dtype)  # it may have moved since
+
     def mean(self, slot: Slot) -> Tensor:
         """The mean while the sample is live."""
         p = slot.param
@@ -183,7 +186,7 @@ class Draw:
         if low_precision(p):
             return slot.state["mean"]
         if p in self.means:
-            return self.means[p]
+            return self._kept(p)
         mean = p.detach().clone()
         width = self.widths[id(slot.group)]
         slot.ops.unsample([mean], [slot.state["hess"]], self.noise([slot]), **width)
@@ -332,6 +335,11 @@ class Window:
                 grad = held
             if grad is None:
                 continue
+            if (grad.shape, grad.device) != (p.shape, p.device):
+                raise RuntimeError(
+                    f"parameter {slot.number}, {tuple(p.shape)} on {p.device}, has a gradient "
+                    f"{tuple(grad.shape)} on {grad.device}: its data was replaced since"
+                )
             if grad.layout != torch.strided:
                 raise RuntimeError(
                     f"IVON needs dense gradients, but parameter {slot.number} of shape "

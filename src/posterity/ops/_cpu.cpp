@@ -24,7 +24,7 @@ constexpr int CHUNK = 256, HALF = CHUNK / 2;
 // stands in `mean`, and is not to be kept there.
 enum Flag { LOW = 1, LOW_GRAD = 2, REGENERATE = 4, HELD = 8, APART = 16 };
 
-// A tensor, as posterity/ops/cpu.py packs it. Null where a pass has no use for a pointer.
+// A tensor, as posterity/ops/fused.py packs it. Null where a pass has no use for a pointer.
 struct Row {
   char *param;         // θ or m
   float *mean;         // m, or where sample() is to keep it
@@ -44,7 +44,7 @@ struct Settings {
   uint64_t key;  // of the draw: first word low, second high
   double sign;   // of the noise: +1, −1
   double ess, delta, floor;
-  double lr, beta1, rho, clip;
+  double lr, rate, rho, clip;  // rate: 1−β1, ρ: 1−β2
   double grad_scale, product_scale, square_scale;  // square_scale > 0: "gradsq"
 };
 
@@ -308,7 +308,7 @@ INLINE int64_t chunks(const Row &row) {
 INLINE void run(const Job &job, int64_t begin, int64_t end) {
   const Settings &given = *job.settings;
   const Scalars s{float(given.ess), float(given.delta), float(given.floor),
-                  float(given.floor - given.delta), float(given.lr), float(1 - given.beta1),
+                  float(given.floor - given.delta), float(given.lr), float(given.rate),
                   float(given.rho), float(given.clip), float(given.grad_scale),
                   float(given.product_scale), float(given.square_scale)};
   int64_t before = 0;
@@ -365,8 +365,8 @@ constexpr int64_t GRAIN = 64;  // chunks worth a thread
 
 extern "C" {
 
-// What cpu.py and this file must agree on.
-int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 1); }
+// What the Python side and this file must agree on.
+int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 2); }
 
 // How many instruction sets this machine has: 0 the baseline alone, 1 AVX2 too, 2 AVX-512 too.
 int posterity_levels() {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import struct
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .fused import ROW, Fused, Settings
+from .fused import ROW, Fused, Settings, Tensors
 
 LEVELS = ("baseline instructions", "AVX2", "AVX-512")
 SETTINGS = struct.Struct("=Q11d")
@@ -31,7 +32,7 @@ def _library() -> ctypes.CDLL | str:
         layout = library.posterity_layout()
     except (OSError, AttributeError) as error:
         return f"{spec.origin} cannot be used: {error}"
-    if layout != ROW.size << 16 | SETTINGS.size << 4 | 1:
+    if layout != ROW.size << 16 | SETTINGS.size << 4 | 2:
         return f"{spec.origin} was built from other sources: install posterity again"
     library.posterity_run.restype = None
     library.posterity_run.argtypes = (
@@ -63,16 +64,24 @@ class Cpu(Fused):
         return f"fused CPU ({LEVELS[_level()]}, {torch.get_num_threads()} threads)"
 
     def run(
-        self, kind: int, rows: list[bytes], settings: Settings, at: Tensor, debias: Tensor | None
+        self,
+        kind: int,
+        rows: list[bytes],
+        settings: Settings,
+        at: Tensor,
+        done: Callable[[Iterable[int]], None],
+        steps: Tensors | None,
     ) -> None:
-        """One pass over all rows."""
+        """One call for all rows."""
         library, noise = _library(), settings.noise
         assert isinstance(library, ctypes.CDLL)
-        assert debias is None
         key, sign = (0, 1) if noise is None else (noise.key, noise.sign)
         packed = SETTINGS.pack(key, sign, *map(float, settings[1:]))
-        threads = torch.get_num_threads()
-        library.posterity_run(kind, b"".join(rows), len(rows), packed, _level(), threads)
+        threads, joined = torch.get_num_threads(), b"".join(rows)
+        try:
+            library.posterity_run(kind, joined, len(rows), packed, _level(), threads)
+        finally:  # an interrupt comes after the pass, which has written then
+            done(range(len(rows)))
 
 
 def _level() -> int:

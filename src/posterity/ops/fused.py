@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     delta: float
     floor: float
     lr: Number = 0.0
-    beta1: float = 0.0
+    rate: float = 1.0  # 1−β1, as ρ is 1−β2
     rho: float = 1.0
     clip: float = math.inf
     grad_scale: Number = 1.0
@@ -105,7 +105,7 @@ def _settings(
     product_scale: Number = 1.0,
     gradsq_scale: float = 0.0,
 ) -> Settings:
-    least, rates = floor(hess_init, weight_decay), (betas[0], 1 - betas[1], clip_radius)
+    least, rates = floor(hess_init, weight_decay), (1 - betas[0], 1 - betas[1], clip_radius)
     scales = (scale, product_scale, gradsq_scale)
     return Settings(noise, ess, weight_decay, least, lr, *rates, *scales)
 
@@ -120,9 +120,24 @@ class Fused:
     name: str
 
     def run(
-        self, kind: int, rows: list[bytes], settings: Settings, at: Tensor, debias: Tensor | None
+        self,
+        kind: int,
+        rows: list[bytes],
+        settings: Settings,
+        at: Tensor,
+        done: Callable[[Iterable[int]], None],
+        steps: Tensors | None,
     ) -> None:
-        """One pass on the device of ``at``; ``debias`` replaces that of the rows."""
+        """One pass.
+
+        Args:
+            kind: which one.
+            rows: as :func:`row` packs them.
+            settings: of their group.
+            at: a tensor of the device where they are.
+            done: to be told which rows have been written, also where an error follows.
+            steps: counters that the host must not read; their factors 1/(1−β1^t) replace the rows'.
+        """
         raise NotImplementedError
 
     def _run(
@@ -131,14 +146,20 @@ class Fused:
         rows: list[bytes],
         settings: Settings,
         flat: Flat,
-        written: Tensors,
-        debias: Tensor | None = None,
+        written: Sequence[Tensors],
+        count: Tensors = (),
+        steps: Tensors | None = None,
     ) -> None:
-        try:
-            if rows:
-                self.run(kind, rows, settings, written[0], debias)
-        finally:  # an interrupt comes after the pass, which has written then
-            flat.back(written)
+        """One pass, which writes ``written`` of each row and advances the counters ``count``."""
+
+        def done(which: Iterable[int]) -> None:
+            which = list(which)
+            flat.back([t for i in which for t in written[i]])
+            if count:
+                torch._foreach_add_([count[i] for i in which], 1)  # pyright: ignore
+
+        if rows:
+            self.run(kind, rows, settings, written[0][0], done, steps)
 
     def sample(
         self,
@@ -155,7 +176,7 @@ class Fused:
             at = 0 if m is p else flat(m)
             flags = LOW * (p.dtype == torch.bfloat16) | APART * (m is not p and not keep)
             rows.append(row(p, number, param=flat(p), mean=at, hess=flat(h), flags=flags))
-        written = [*params, *(means if keep else ())]
+        written = [(p, m) if keep else (p,) for p, m in zip(params, means, strict=True)]
         self._run(SAMPLE, rows, _settings(noise, **width), flat, written)
 
     def unsample(self, params: Tensors, hess: Tensors, noise: Noise, **width: Any):
@@ -165,7 +186,7 @@ class Fused:
             row(p, number, param=flat(p), hess=flat(h))
             for p, h, number in zip(params, hess, noise.numbers, strict=True)
         ]
-        self._run(UNSAMPLE, rows, _settings(noise, **width), flat, params)
+        self._run(UNSAMPLE, rows, _settings(noise, **width), flat, [(p,) for p in params])
 
     def accumulate(
         self,
@@ -191,13 +212,12 @@ class Fused:
             )
         square = float(hess_approx == "gradsq")
         settings = _settings(noise, gradsq_scale=square, **width)
-        self._run(ACCUMULATE, rows, settings, flat, [*grad_sums, *product_sums])
+        written = [*zip(grad_sums, product_sums, strict=True)]
+        self._run(ACCUMULATE, rows, settings, flat, written)
 
-    def debias(self, steps: Tensors, beta1: float) -> list[float] | Tensor:
-        """The factors 1/(1−β1^t) (5), as a tensor where the host must not read ``steps``."""
-        counts = [float(t) for t in steps]
-        factor = {t: 1 / (1 - beta1**t) for t in set(counts)}
-        return [factor[t] for t in counts]
+    def reads(self, steps: Tensors) -> bool:
+        """Whether the host may read the step counters."""
+        return True
 
     def _update(
         self,
@@ -205,7 +225,7 @@ class Fused:
         row: Callable[[int, float], bytes],
         steps: Tensors,
         noise: Noise | None,
-        written: Tensors,
+        written: Sequence[Tensors],
         *,
         hess_approx: str,
         gradsq_scale: float | None,
@@ -213,15 +233,18 @@ class Fused:
         debias: bool,
         **s,
     ) -> None:
-        for t in steps:
-            t += 1
         s["lr"] = s["lr"] * (s["hess_init"] + s["weight_decay"] if rescale_lr else 1)
         square = (gradsq_scale or 0.0) if hess_approx == "gradsq" else 0.0
-        factors = self.debias(steps, s["betas"][0]) if debias else [1.0] * len(steps)
-        unread = factors if isinstance(factors, Tensor) else None
-        known = [1.0] * len(steps) if isinstance(factors, Tensor) else factors
-        rows = [row(i, factor) for i, factor in enumerate(known)]
-        self._run(UPDATE, rows, _settings(noise, gradsq_scale=square, **s), flat, written, unread)
+        factors, unread = [1.0] * len(steps), None
+        if debias and self.reads(steps):
+            counts = [float(t) + 1 for t in steps]
+            factor = {t: 1 / (1 - s["betas"][0] ** t) for t in set(counts)}  # (5)
+            factors = [factor[t] for t in counts]
+        elif debias:
+            unread = steps
+        rows = [row(i, factor) for i, factor in enumerate(factors)]
+        settings = _settings(noise, gradsq_scale=square, **s)
+        self._run(UPDATE, rows, settings, flat, written, steps, unread)
 
     def update(
         self,
@@ -241,7 +264,7 @@ class Fused:
             param, g, h = flat(means[i]), flat(momentum[i]), flat(hess[i])
             return row(means[i], 0, param=param, sums=sums, momentum=g, hess=h, debias=debias)
 
-        self._update(flat, one, steps, None, [*means, *momentum, *hess], **s)
+        self._update(flat, one, steps, None, [*zip(means, momentum, hess, strict=True)], **s)
 
     def step(
         self,
@@ -276,8 +299,11 @@ class Fused:
                 debias=debias,
             )
 
-        low = [m for p, m in zip(params, means, strict=True) if p.dtype == torch.bfloat16]
-        self._update(flat, one, steps, noise, [*params, *low, *momentum, *hess], **s)
+        written = [
+            (p, g, h, m) if p.dtype == torch.bfloat16 else (p, g, h)
+            for p, g, h, m in zip(params, momentum, hess, means, strict=True)
+        ]
+        self._update(flat, one, steps, noise, written, **s)
 
     def normals(self, noise: Noise, outs: Tensors, start: int = 0) -> None:
         """Write the draw's normals, from element ``start`` on, into contiguous float32 tensors."""
@@ -286,4 +312,4 @@ class Fused:
             for out, number in zip(outs, noise.numbers, strict=True)
         ]
         settings = _settings(noise, ess=1.0, hess_init=1.0, weight_decay=0.0)
-        self._run(NORMALS, rows, settings, Flat(), outs)
+        self._run(NORMALS, rows, settings, Flat(), [(out,) for out in outs])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -142,7 +143,7 @@ def _narrow(x, low: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _passes(
     table,
     n,
@@ -233,7 +234,7 @@ def _passes(
                     tl.store(products, tl.load(products, inside, 0.0) + product, inside)
                 else:
                     momentum = _pointer(row, 5, False, ALIGNED) + at
-                    lr, rate, rho = _float(table, 6), 1.0 - _float(table, 7), _float(table, 8)
+                    lr, rate, rho = _float(table, 6), _float(table, 7), _float(table, 8)
                     clip, debias = _float(table, 9), _float(row, 11)
                     least = floor - delta
                     u = _at_least(h + delta, floor)
@@ -264,7 +265,8 @@ def _table(
     if noise is not None:
         key, draw, sign = fold_int((0, 0), noise.seed), noise.draw, noise.sign
     number = 0 if isinstance(draw, Tensor) else draw % 2**64
-    known = [0.0 if isinstance(x, Tensor) else x for x in numbers]
+    unread = {i: x for i, x in enumerate(numbers) if isinstance(x, Tensor) and x.device == device}
+    known = [0.0 if i in unread else float(x) for i, x in enumerate(numbers)]
     packed = bytearray(HEADER.pack(key[0] | key[1] << 32, number, sign, *known))
     for row in rows:
         packed += ROW.pack(*row)
@@ -275,9 +277,8 @@ def _table(
             _captured.append(host)
     table = host.to(device, non_blocking=True)
     reals = table.view(torch.float64)
-    for word, value in enumerate(numbers, NUMBERS):
-        if isinstance(value, Tensor):
-            reals[word].copy_(value)
+    for i, value in unread.items():
+        reals[NUMBERS + i].copy_(value.reshape(()))
     if isinstance(draw, Tensor):
         table[DRAW].copy_(draw)
     if debias is not None:
@@ -290,32 +291,39 @@ class Triton(Fused):
 
     name = "fused CUDA (Triton)"
 
-    def debias(self, steps: Tensors, beta1: float) -> list[float] | Tensor:
-        """As a tensor where the counters are on the device."""
-        if steps and (steps[0].is_cuda or INTERPRETED):
-            return 1 / (1 - beta1 ** torch.stack(list(steps)).double())
-        return super().debias(steps, beta1)
+    def reads(self, steps: Tensors) -> bool:
+        """Not where they are on the device."""
+        return not (steps[0].is_cuda or INTERPRETED)
 
     def run(
-        self, kind: int, rows: list[bytes], settings: Settings, at: Tensor, debias: Tensor | None
+        self,
+        kind: int,
+        rows: list[bytes],
+        settings: Settings,
+        at: Tensor,
+        done: Callable[[Iterable[int]], None],
+        steps: Tensors | None,
     ) -> None:
         """One launch for the rows of each kind of memory: one in all, if their dtypes are alike."""
-        alike: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
+        alike: dict[tuple[int, bool, bool, bool], list[int]] = defaultdict(list)
         unpacked = [list(ROW.unpack(row)) for row in rows]
         for i, row in enumerate(unpacked):
+            aligned = not (any(a % 16 for a in row[:NUMEL]) or row[NUMEL] % 4 or row[START] % 4)
             if row[NUMEL]:
-                alike[row[END], bool(row[MEAN]), bool(row[GRAD_SUM])].append(i)
-        for (flags, mean, sums), members in alike.items():
-            chosen, end, aligned = [unpacked[i] for i in members], 0, True
+                alike[row[END], bool(row[MEAN]), bool(row[GRAD_SUM]), aligned].append(i)
+            else:
+                done([i])
+        for (flags, mean, sums, aligned), members in alike.items():
+            chosen, end, debias = [unpacked[i] for i in members], 0, None
             for row in chosen:
                 end += -(-(row[START] % CHUNK + row[NUMEL]) // BLOCK)
                 row[END] = end  # where its flags stood, which are those of the whole launch
-                aligned &= not any(address % 16 for address in row[:NUMEL])
-                aligned &= not (row[NUMEL] % 4 or row[START] % 4)
-            factors = debias if debias is None or len(members) == len(rows) else debias[members]
+            if steps is not None:
+                counts = torch.stack([steps[i] for i in members]).double() + 1
+                debias = 1 / (1 - (1 - settings.rate) ** counts)  # (5)
             with torch.cuda.device(at.device) if at.is_cuda else nullcontext():
                 _passes[(end,)](
-                    *(_table(chosen, settings, at.device, factors), len(chosen)),
+                    *(_table(chosen, settings, at.device, debias), len(chosen)),
                     PASS=kind,
                     LOW=bool(flags & fused.LOW),
                     LOW_GRAD=bool(flags & fused.LOW_GRAD),
@@ -332,6 +340,7 @@ class Triton(Fused):
                     WORDS=WORDS,
                     enable_fp_fusion=True,
                 )
+            done(members)
 
 
 passes = Triton()
