@@ -21,7 +21,7 @@ bench: .venv/dev  ## what IVON costs beside AdamW on this machine: steps, memory
 	@$(BIN)/python -m benchmarks
 
 bench-gpu: .venv/dev  ## the same on a GPU (PyTorch with CUDA has to be in .venv)
-	@$(BIN)/python -m benchmarks --device cuda --only optimizers sizes --out runs/bench-gpu
+	@$(BIN)/python -m benchmarks --device cuda --only optimizers memory training sizes --out runs/bench-gpu
 
 docs: .venv/dev  ## API pages from the docstrings, to site/
 	@$(BIN)/pdoc -o site posterity posterity_studies

@@ -7,12 +7,13 @@ parameters as a picture, to a folder.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
+import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import cases
 from benchmarks.gate import gate
@@ -27,19 +28,14 @@ Found = dict[str, dict[str, dict[str, float] | None]]  # case → peer → figur
 
 def show(rows: cases.Rows, found: Found, console: Console) -> None:
     """Collect rows and print each case's table when it is whole."""
-    title, table = None, Table()
     for case, peer, figures in rows:
-        if case != title:
-            if title is not None:
-                console.print(table)
-            title, table = case, Table(title=case, title_justify="left")
-            table.add_column("")
-            for column in figures or {"ratio": 0}:
-                table.add_column(column, justify="right")
+        if case not in found:
+            console.print(f"[bold]{case}", highlight=False)
         found.setdefault(case, {})[peer] = figures
-        cells = [f"{value:.4g}" for value in figures.values()] if figures else ["too busy"]
-        table.add_row(peer, *cells)
-    console.print(table)
+        cells = (
+            [f"{key} {value:.4g}" for key, value in figures.items()] if figures else ["too busy"]
+        )
+        console.print(f"  {peer:22} {'   '.join(cells)}", highlight=False)
 
 
 def picture(costs: dict[str, list[tuple[float, float]]], path: Path) -> None:
@@ -54,47 +50,48 @@ def picture(costs: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 
 def main() -> None:
+    suites = ("optimizers", "memory", "training", "drawing", "sizes")
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=11, help="of each measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    suites = ("optimizers", "memory", "training", "drawing", "sizes")
     parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=suites,
-        default=suites,
-        metavar="SUITE",
-        help=f"of {', '.join(suites)}",
+        *("--only",), nargs="+", choices=suites, default=suites, help="what to measure"
     )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--numel", type=int, default=100_000_000, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    device, rounds = given.device, given.rounds
     if given.peak:
-        return print(cases.peak(given.peak, given.numel))
-    console, found, device, rounds = Console(), Found(), given.device, given.rounds
+        print(cases.peak(given.peak, given.numel, device))
+        return
+    console, found = Console(), Found()
     errors = gate(device)
-    parts: dict[str, Iterable[cases.Rows]] = {
-        "optimizers": (
-            cases.optimizers(device, n, rounds) for n in ((2, 1) if device == "cpu" else (2,))
-        ),
-        "memory": [cases.memory(given.numel)],
-        "training": [cases.training(rounds)],
-        "drawing": [cases.drawing(25_000_000, rounds)],
+    threads = (2,) if device == "cuda" else (2, 1)
+    parts: dict[str, list[Callable[[], cases.Rows]]] = {
+        "optimizers": [partial(cases.optimizers, device, n, rounds) for n in threads],
+        "memory": [partial(cases.memory, given.numel, device)],
+        "training": [partial(cases.training, device, rounds)],
+        "drawing": [partial(cases.drawing, 25_000_000, rounds)],
+        "sizes": [partial(cases.sizes, device, max(rounds // 2, 3))],
     }
-    for part in parts:
-        if part in given.only:
-            for rows in parts[part]:
-                show(rows, found, console)
+    for part, runs in parts.items():
+        for rows in runs if part in given.only else ():
+            show(rows(), found, console)
     costs: dict[str, list[tuple[float, float]]] = {}
-    if "sizes" in given.only:
-        for _, name, figures in cases.sizes(device, 5):
-            costs.setdefault(name, []).append((figures["numel"], figures["seconds"]))
+    for case in found.values():
+        for name, figures in case.items():
+            if figures and "numel" in figures:
+                costs.setdefault(name, []).append((figures["numel"], figures["seconds"]))
+                if name == "IVON":
+                    costs.setdefault(BASE, []).append((figures["numel"], figures["base"]))
+    if costs:
         picture(costs, given.out / "cost.png")
-    facts = {"base": BASE, "float64": errors, "found": found, "cost": costs}
-    write_json(given.out / "bench.json", facts | {"provenance": provenance(0, "none")})
+    facts = {"base": BASE, "float64": errors, "found": found, "provenance": provenance(0, "none")}
+    if device == "cuda":
+        facts["provenance"]["device"] = torch.cuda.get_device_name()
+    write_json(given.out / "bench.json", facts)
     console.print(f"written to {given.out}")
-    return None
 
 
 if __name__ == "__main__":

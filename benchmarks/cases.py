@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import BASE, PEERS, nothing, parameters
-from benchmarks.timing import ratio, seconds
+from benchmarks.timing import ratio
 from posterity import Posterior
 from posterity_studies.models.gpt import GPT, GPTConfig
 from posterity_studies.models.resnet import resnet20, resnet50_shapes
@@ -35,66 +35,81 @@ SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 
 
 def optimizers(device: str, threads: int, rounds: int) -> Rows:
-    """Steps on given gradients: the optimizer's own cost."""
+    """Steps on given gradients: the optimizer's own cost.
+
+    All step the same parameters, each with a state of its own; one stands in memory beside AdamW.
+    """
     torch.set_num_threads(threads)
+    on = device if device == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
     for case, shapes in SHAPES.items():
         params = parameters(shapes(), device)
         numel = sum(p.numel() for p in params)
-        repeats = 1 if numel > 1e6 else 50  # of a step too short for the clock
+        large = numel > 1_000_000
         base = PEERS[BASE].build(params)
         for name, peer in PEERS.items():
             if name == BASE or (peer.slow and threads == 1):
                 continue
             opt = peer.build(params)
-
-            def work(opt=opt, peer=peer):
-                for _ in range(repeats):
-                    peer.step(opt, nothing)
-
-            def least():
-                for _ in range(repeats):
-                    base.step()
-
-            few = 3 if peer.slow and numel > 1e6 else rounds
-            found = ratio(work, least, rounds=few, device=device, numel=numel)
-            yield f"{case}, {threads} thread{'s' * (threads > 1)}", name, found
+            found = ratio(
+                lambda: peer.step(opt, nothing),
+                base.step,
+                rounds=3 if peer.slow and large else rounds,
+                device=device,
+                numel=numel,
+                repeats=1 if large else 50,
+            )
+            yield f"{case}, {on}", name, found
 
 
-def memory(numel: int) -> Rows:
+def memory(numel: int, device: str) -> Rows:
     """Peak memory in parameter sizes, parameters and gradients included, each in a new process."""
     for name in PEERS:
-        command = [sys.executable, "-m", "benchmarks", "--peak", name, "--numel", str(numel)]
+        command = [sys.executable, "-m", "benchmarks", "--device", device]
+        command += ["--peak", name, "--numel", str(numel)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         yield f"peak memory at {numel / 1e6:g}M", name, {"sizes": float(done.stdout)}
 
 
-def peak(name: str, numel: int) -> float:
+def peak(name: str, numel: int, device: str) -> float:
     """Peak memory of this process for five steps, less what it had before, in parameter sizes."""
-    shapes = [(numel // 50,)] * 50
-    warm = PEERS[name].build(parameters([(8,)]))  # what any use of the library takes
-    PEERS[name].step(warm, nothing)
-    before = resident()
-    params = parameters(shapes)
-    opt = PEERS[name].build(params)
+    peer = PEERS[name]
+    warm = peer.build(parameters([(8,)], device))  # what any use of the library takes
+    peer.step(warm, nothing)
+    before = peak_bytes(device)
+    params = parameters([(numel // 50,)] * 50, device)
+    opt = peer.build(params)
     for _ in range(5):
-        PEERS[name].step(opt, nothing)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / (4 * numel)
+        peer.step(opt, nothing)
+    return (peak_bytes(device) - before) / (4 * numel)
 
 
-def resident() -> int:
-    with open("/proc/self/statm") as file:  # noqa: PTH123
-        return int(file.read().split()[1]) * resource.getpagesize()
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()  # getrusage's peak is the parent's, across exec
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
 
 
-def networks() -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], Tensor]]]:
-    """Networks to train, with the loss of a batch."""
+Network = tuple[str, nn.Module, Callable[[nn.Module], Tensor]]  # with the loss of a batch
+
+
+def networks(device: str) -> Iterator[Network]:
+    """Networks to train."""
+    if device == "cuda":
+        model = torch.compile(GPT(GPTConfig()).to(device))
+        tokens = torch.randint(50257, (8, 1025), device=device)
+
+        def loss(m: nn.Module) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = m(tokens[:, :-1]).flatten(0, 1)
+                return nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+
+        yield "GPT-2 124M, batch 8", model, loss  # type: ignore[misc]
+        return
     for batch in (1, 4, 16):
         tokens = torch.randint(512, (batch, 257))
-        yield (
-            f"GPT 10.9M, batch {batch}",
-            GPT(GPTConfig(6, 6, 384, 256, 512)),
-            lambda m: m.loss(tokens),
-        )
+        model = GPT(GPTConfig(6, 6, 384, 256, 512))
+        yield f"GPT 10.9M, batch {batch}", model, lambda m: m.loss(tokens)
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     yield (
         "ResNet-20, batch 128",
@@ -103,14 +118,14 @@ def networks() -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], Tensor]]]
     )
 
 
-def training(rounds: int) -> Rows:
+def training(device: str, rounds: int) -> Rows:
     """Whole steps: forward and backward pass and optimizer."""
     torch.set_num_threads(2)
-    for case, model, loss in networks():
+    for case, model, loss in networks(device):
         params = list(model.parameters())
         base = PEERS[BASE].build(params)
 
-        def closure(model=model, loss=loss):
+        def closure():
             model.zero_grad()
             loss(model).backward()
 
@@ -120,43 +135,35 @@ def training(rounds: int) -> Rows:
 
         for name in ("IVON", "IVON, no mean", "IVON, context", "ivon-opt"):
             opt, peer = PEERS[name].build(params), PEERS[name]
-
-            def work(opt=opt, peer=peer):
-                peer.step(opt, closure)
-
-            yield case, name, ratio(work, least, rounds=3 if peer.slow else rounds)
+            few = max(rounds // 2, 3) if peer.slow else rounds
+            found = ratio(lambda: peer.step(opt, closure), least, rounds=few, device=device)
+            yield case, name, found
 
 
 def drawing(numel: int, rounds: int) -> Rows:
-    """A posterior sample written into a model's tensors, beside torch.randn of the same number."""
+    """A posterior sample written into a model, beside torch.randn of as many numbers."""
     torch.set_num_threads(2)
-    shapes = {str(i): (numel // 50,) for i in range(50)}
-    mean = {name: torch.randn(shape) for name, shape in shapes.items()}
-    posterior = Posterior(mean, {name: torch.rand(shape) + 1 for name, shape in shapes.items()})
-    model = {name: torch.empty(shape) for name, shape in shapes.items()}
-    noise = torch.empty(numel)
-    found = ratio(
-        lambda: posterior.sample(0, 1, out=model),
-        lambda: torch.randn(numel, out=noise),
-        rounds=rounds,
-    )
-    yield f"a sample of {numel / 1e6:g}M", "beside torch.randn", found
+    model = nn.ParameterList(torch.empty(numel // 50) for _ in range(50))
+    mean = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    posterior = Posterior(mean, {name: torch.rand_like(m) + 1 for name, m in mean.items()})
+    out, noise = dict(model.named_parameters()), torch.empty(numel)
+    draw, base = lambda: posterior.sample(0, 1, out), lambda: torch.randn(numel, out=noise)
+    yield f"a sample of {numel / 1e6:g}M", "ratio to torch.randn", ratio(draw, base, rounds=rounds)
 
 
 def sizes(device: str, rounds: int) -> Rows:
     """Cost against the number of parameters."""
     torch.set_num_threads(2)
     for exponent in (4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8, math.log10(3e8)):
-        numel = round(10**exponent)
-        whole = 500_000
+        numel, whole = round(10**exponent), 500_000
         shapes = [(whole,)] * (numel // whole) + [(numel % whole,)] * (numel % whole > 0)
         params = parameters(shapes, device)
-        for name in (BASE, "IVON", "IVON, no mean", "ivon-opt"):
+        base = PEERS[BASE].build(params)
+        for name in ("IVON", "IVON, no mean", "ivon-opt"):
             peer = PEERS[name]
             if peer.slow and numel > 3e7:
                 continue
-            opt: Any = peer.build(params)
-            for _ in range(2):
-                peer.step(opt, nothing)
-            took = [seconds(lambda: peer.step(opt, nothing), device) for _ in range(rounds)]
-            yield "cost against size", name, {"numel": numel, "seconds": sorted(took)[rounds // 2]}
+            opt = peer.build(params)
+            step = lambda: peer.step(opt, nothing)  # noqa: E731
+            found = ratio(step, base.step, rounds=rounds, device=device, numel=numel)
+            yield f"{numel:,} parameters", name, found and found | {"numel": numel}

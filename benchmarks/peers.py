@@ -40,8 +40,8 @@ def context(opt: IVON | ivon.IVON, closure: Closure) -> None:
     opt.step()
 
 
-def ours(**settings: Any) -> Callable[[list[Tensor]], Optimizer]:
-    return lambda p: IVON(p, 1e-3, ess=1e6, seed=0, **settings)
+def ours(fused: bool = True, **settings: Any) -> Callable[[list[Tensor]], Optimizer]:
+    return lambda p: IVON(p, 1e-3, ess=1e6, seed=0, fused=fused, **settings)
 
 
 BASE = "AdamW, fused"

@@ -28,23 +28,34 @@ def ratio(
     rounds: int,
     device: str = "cpu",
     numel: int = 0,
+    repeats: int = 1,
 ) -> dict[str, float] | None:
     """Median seconds of both and their ratio; None where the machine was too busy.
 
     Args:
         work: one step of the optimizer in question.
         base: one step of fused AdamW.
-        rounds: of both, after two to warm up.
+        rounds: of both, in turns, after two to warm up.
         device: that both run on.
         numel: number of parameters, where ``base`` is the optimizer alone: rounds in which it
             takes more than 1 ms per million are thrown away.
+        repeats: steps of a round, where one is too short for the clock.
     """
+
+    def several(step: Callable[[], object]) -> float:
+        def steps() -> None:
+            for _ in range(repeats):
+                step()
+
+        return seconds(steps, device) / repeats
+
     kept = []
     for i in range(rounds + 2):
-        pair = seconds(base, device), seconds(work, device)
-        if i >= 2 and (numel < 1_000_000 or pair[0] < SLOWED * numel):
-            kept.append(pair)
+        pair = [several(step) for step in ((base, work) if i % 2 else (work, base))]
+        least, mine = pair if i % 2 else pair[::-1]
+        if i >= 2 and (numel < 1_000_000 or least < SLOWED * numel):
+            kept.append((least, mine))
     if 2 * len(kept) < rounds:
         return None
     least, mine = (median(column) for column in zip(*kept, strict=True))
-    return {"base": least, "seconds": mine, "ratio": mine / least, "rounds": len(kept)}
+    return {"ratio": mine / least, "seconds": mine, "base": least, "rounds": len(kept)}

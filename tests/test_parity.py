@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from posterity import IVON
+from posterity import ops as ops_module
 from posterity.groups import SETTINGS
 from posterity.ops import choose, cpu, describe, fused, noise, reference
 
@@ -284,6 +285,7 @@ def test_the_implementation_is_named():
 
 def test_without_the_extension_the_reference_runs_and_says_so(monkeypatch):
     monkeypatch.setattr(cpu, "missing", lambda: "this build holds no fused pass")
+    monkeypatch.setattr("posterity.ops._fused", ops_module._fused.__wrapped__)  # not from its cache
     w = torch.nn.Parameter(torch.ones(3))
     assert IVON([w], 0.1, ess=10.0).implementation == "reference (this build holds no fused pass)"
     with pytest.raises(RuntimeError, match="fused=True"):
@@ -487,7 +489,7 @@ def test_subclasses_of_tensor_go_to_the_reference():
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(cpu, "SETTINGS", struct.Struct("=Q12d"))
+    monkeypatch.setattr(cpu, "SETTINGS", struct.Struct("=Q13d"))
     assert "other sources" in cpu._library.__wrapped__()
 
 
@@ -537,7 +539,7 @@ def triton(monkeypatch):
     if TRITON is None:
         pytest.skip("Triton is not installed")
     passes = ops_of("triton")
-    monkeypatch.setattr("posterity.ops._fused", lambda p, capturable: passes)
+    monkeypatch.setattr("posterity.ops._fused", lambda *_: passes)
 
 
 def trained(fused, *, lr, capturable, way="train", dtype=F32, **settings):

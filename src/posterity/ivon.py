@@ -55,7 +55,8 @@ class IVON(Optimizer):
         hess_approx: "price", ĥ = ĝ(θ−m)/σ² (2), or "gradsq", ĥ = gradsq_scale·ĝ².
         gradsq_scale: the factor of "gradsq", which needs it. For a mean over a batch of B, B is
             consistent with the Gauss-Newton matrix near stationarity.
-        clip_radius: bound ξ on each element of the preconditioned step (6).
+        clip_radius: bound ξ on each element of the preconditioned step (6). Without one, a rare
+            large gradient at a sample can throw training far off: try .3 where the loss jumps.
         rescale_lr: multiply lr by h0+δ.
         debias: divide the momentum by 1−β1^t (5). The Hessian is never debiased.
         antithetic: samples come in pairs m ± σε; needs an even ``mc_samples``.
@@ -182,19 +183,28 @@ class IVON(Optimizer):
         ]
 
     def _state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        if not self.state.get(p):
+        state = self.state.get(p)
+        if (
+            state
+            and "mean" not in state
+            and p.dtype == (hess := state["hess"]).dtype
+            and (hess.device == p.device and hess.shape == p.shape)
+        ):
+            return state  # the usual case, quickly
+        if not state:
             groups.check_trainable(p, group)
         state, dtype = self.state[p], groups.state_dtype(p)
         on = p.device if group["capturable"] else torch.device("cpu")
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=on)
             for name, value in (("momentum", 0.0), ("hess", group["hess_init"])):
-                state[name] = torch.full_like(p, value, dtype=dtype, requires_grad=False)
+                # row-major, as the passes go: a channels-last parameter alone is then copied
+                state[name] = torch.full(p.shape, value, dtype=dtype, device=p.device)
         if low_precision(p) != ("mean" in state):
             groups.check_trainable(p, group)
             state.pop("mean", None)
             if low_precision(p):
-                state["mean"] = p.detach().to(dtype)
+                state["mean"] = p.detach().to(dtype, memory_format=torch.contiguous_format)
         if state["hess"].device != p.device or state["hess"].dtype != dtype:
             for name in state.keys() & checkpoint.SHAPED:
                 state[name] = state[name].to(p.device, dtype)

@@ -84,7 +84,7 @@ class Draw:
         self.way = way  # "context" or "train": who drew it
         self.slots: dict[Tensor, Slot] = {}
         self.live = False
-        self.widths: dict[int, dict[str, float]] = {}  # settings of σ when θ was drawn, by group
+        self.drawn: dict[int, tuple[Slot, dict[str, Any]]] = {}  # σ's settings then, by group
         self.means: dict[Tensor, Tensor] = {}
         self.held: dict[Tensor, tuple[Tensor, int]] = {}  # gradients and their versions, by param
 
@@ -99,7 +99,7 @@ class Draw:
         self.live = True
         try:
             for ops, run in runs(slots):
-                self.widths[id(run[0].group)] = run[0].width
+                self.drawn[id(run[0].group)] = run[0], run[0].width
                 low, kept, lost = [], [], []
                 for s in run:
                     keep = store_mean or "rounded" in s.state
@@ -131,10 +131,14 @@ class Draw:
                     if keep:
                         self.means[s.param] = m
 
+    def width(self, slot: Slot) -> dict[str, Any]:
+        """The settings that made σ when θ was drawn."""
+        return self.drawn[id(slot.group)][1]
+
     @property
     def outdated(self) -> bool:
         """Whether σ's settings have changed since: the step's own can then not make σε again."""
-        return any(self.widths[id(s.group)] != s.width for s in self.slots.values())
+        return any(width != slot.width for slot, width in self.drawn.values())
 
     def source(self, slot: Slot, param: Tensor) -> Tensor:
         """Where a step finds the mean: kept, or at rest in the parameter, or there under σε."""
@@ -164,7 +168,7 @@ class Draw:
                 lost.append(s)
         for ops, run in runs(lost):
             params, before = params_of(run), [s.param._version for s in run]
-            width = self.widths[id(run[0].group)]
+            width = self.width(run[0])
             try:
                 ops.unsample(params, state_of(run, "hess"), self.noise(run), **width)
             finally:  # after an interrupt too: nothing is restored twice
@@ -188,7 +192,7 @@ class Draw:
         if p in self.means:
             return self._kept(p)
         mean = p.detach().clone()
-        width = self.widths[id(slot.group)]
+        width = self.width(slot)
         slot.ops.unsample([mean], [slot.state["hess"]], self.noise([slot]), **width)
         return mean
 
@@ -197,7 +201,7 @@ def _room(spare: dict[Tensor, Tensor], p: Tensor) -> Tensor:
     """Memory for a parameter's mean, kept between steps: fresh pages cost more than the pass."""
     room = spare.get(p)
     if room is None or (room.shape, room.dtype, room.device) != (p.shape, p.dtype, p.device):
-        room = spare[p] = torch.empty_like(p, requires_grad=False)
+        room = spare[p] = torch.empty(p.shape, dtype=p.dtype, device=p.device)  # row-major
     return room
 
 
@@ -369,7 +373,7 @@ class Window:
             mine, means = [grads[i] for i in at], [self.mean(s) for s in run]
             hess, approx = state_of(run, "hess"), run[0].group["hess_approx"]
             noise = self.draw.noise(run)
-            width = self.draw.widths[id(run[0].group)]
+            width = self.draw.width(run[0])
             ops.accumulate(totals, products, mine, means, hess, noise, approx, **width)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from . import cpu, fused, noise, reference
@@ -19,7 +20,6 @@ __all__ = ["Ops", "choose", "cpu", "describe", "fused", "noise", "reference"]
 Ops = ModuleType | fused.Fused
 
 
-@cache
 def _triton() -> fused.Fused | str:
     """The fused CUDA passes, or why there are none. Imported only where a parameter needs them."""
     try:
@@ -29,16 +29,17 @@ def _triton() -> fused.Fused | str:
     return passes
 
 
-def _fused(p: Tensor, capturable: bool) -> fused.Fused | str:
-    """The fused implementation that runs for a parameter, or why there is none."""
-    if type(p) not in (Tensor, nn.Parameter):  # its values may be elsewhere
-        return f"there is no fused pass for {type(p).__name__}"
-    if p.dtype not in fused.DTYPES:
-        return f"there is no fused pass for {p.dtype}"
-    if p.device.type == "cuda":
+@cache
+def _fused(kind: type, dtype: torch.dtype, device: str, capturable: bool) -> fused.Fused | str:
+    """The fused implementation for a kind of parameter, or why there is none."""
+    if kind not in (Tensor, nn.Parameter):  # its values may be elsewhere
+        return f"there is no fused pass for {kind.__name__}"
+    if dtype not in fused.DTYPES:
+        return f"there is no fused pass for {dtype}"
+    if device == "cuda":
         return _triton()
-    if p.device.type != "cpu":
-        return f"there is no fused pass for {p.device.type} devices"
+    if device != "cpu":
+        return f"there is no fused pass for {device} devices"
     if capturable:
         return "the host does not read counters that a graph can capture"
     return cpu.missing() or cpu.passes
@@ -58,7 +59,7 @@ def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> Ops:
     """
     if fused is False:
         return reference
-    found = _fused(p, capturable)
+    found = _fused(type(p), p.dtype, p.device.type, capturable)
     if not isinstance(found, str):
         return found
     if fused:
@@ -72,9 +73,11 @@ def describe(params: Iterable[Tensor], fused: bool | None, capturable: bool = Fa
     """Which implementations run for these parameters, and why, in words."""
     if fused is False:
         return "reference (asked for by fused=False)"
-    each = [_fused(p, capturable) for p in params] or [cpu.missing() or cpu.passes]
+    each = [_fused(type(p), p.dtype, p.device.type, capturable) for p in params] or [
+        cpu.missing() or cpu.passes
+    ]
     words = [f"reference ({e})" if isinstance(e, str) else e.name for e in each]
-    kinds = sorted(dict.fromkeys(words), key=lambda w: w.startswith("reference"))  # fused first
-    if len(kinds) == 1:
+    found = sorted(dict.fromkeys(words), key=lambda w: w.startswith("reference"))  # fused first
+    if len(found) == 1:
         return words[0]
-    return "; ".join(f"{k} for {words.count(k)} of {len(words)} parameters" for k in kinds)
+    return "; ".join(f"{w} for {words.count(w)} of {len(words)} parameters" for w in found)

@@ -6,6 +6,7 @@
 // a slice of it) covers a chunk in part, the chunk is padded and computed whole, so that a value
 // does not depend on where a slice or a thread begins.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -37,7 +38,7 @@ struct Row {
   int64_t number;      // third word of the noise
   int64_t start;       // index of the first element in the whole tensor
   int64_t flags;
-  double debias;       // 1/(1−β1^t) (5)
+  float *step;         // t, for an update: counted here
 };
 
 struct Settings {
@@ -45,6 +46,7 @@ struct Settings {
   double sign;   // of the noise: +1, −1
   double ess, delta, floor;
   double lr, rate, rho, clip;  // rate: 1−β1, ρ: 1−β2
+  double debias;               // β1, or 0 where the momentum is not debiased
   double grad_scale, product_scale, square_scale;  // square_scale > 0: "gradsq"
 };
 
@@ -240,7 +242,8 @@ INLINE void accumulate(const Row &row, const Scalars &s, const Span &span, const
 }
 
 // Lines (2) to (6).
-INLINE void update(const Row &row, const Scalars &s, const Span &span, const float *e) {
+INLINE void update(const Row &row, const Scalars &s, const Span &span, const float *e,
+                   float debias) {
   alignas(64) float a[CHUNK], b[CHUNK], c[CHUNK], d[CHUNK], f[CHUNK], m[CHUNK], made[CHUNK];
   const float *g = row.grad_sum ? load(row.grad_sum, span, false, a)
                                 : load(row.grad, span, row.flags & LOW_GRAD, a);
@@ -269,7 +272,6 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const flo
     for (int i = 0; i < CHUNK; i++) made[i] *= g[i];
   }
   const bool price = s.square <= 0;
-  const float debias = float(row.debias);
 #pragma omp simd
   for (int i = 0; i < CHUNK; i++) {
     const float u = at_least(h[i] + s.delta, s.floor);
@@ -319,6 +321,8 @@ INLINE void run(const Job &job, int64_t begin, int64_t end) {
     const int64_t last = mine < end - before ? mine : end - before;
     before += mine;
     if (first >= last) continue;
+    float debias = 1;
+    if (job.pass == UPDATE) debias = float(1 / (1 - std::pow(given.debias, double(*row.step) + 1)));
     uint32_t k0 = uint32_t(row.number), k1 = uint32_t(uint64_t(row.number) >> 32);
     threefry(uint32_t(given.key), uint32_t(given.key >> 32), k0, k1);
     const bool price = s.square <= 0, known = row.grad_sum || row.flags & HELD;
@@ -335,7 +339,7 @@ INLINE void run(const Job &job, int64_t begin, int64_t end) {
         case SAMPLE: sample(row, s, span, e); break;
         case UNSAMPLE: unsample(row, s, span, e); break;
         case ACCUMULATE: accumulate(row, s, span, e); break;
-        case UPDATE: update(row, s, span, e); break;
+        case UPDATE: update(row, s, span, e, debias); break;
         default: store(e, row.hess, span, false);
       }
     }
@@ -366,7 +370,7 @@ constexpr int64_t GRAIN = 64;  // chunks worth a thread
 extern "C" {
 
 // What the Python side and this file must agree on.
-int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 2); }
+int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 3); }
 
 // How many instruction sets this machine has: 0 the baseline alone, 1 AVX2 too, 2 AVX-512 too.
 int posterity_levels() {
@@ -391,7 +395,7 @@ void posterity_run(int pass, const void *rows, int64_t n, const void *settings, 
   for (int64_t r = 0; r < n; r++) total += chunks(job.rows[r]);
   const int64_t useful = (total + GRAIN - 1) / GRAIN;
   if (threads > useful) threads = int(useful);
-  if (threads <= 1) return part(job, 0, total);
+  if (threads < 1) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
@@ -401,6 +405,8 @@ void posterity_run(int pass, const void *rows, int64_t n, const void *settings, 
 #endif
     part(job, total * i / of, total * (i + 1) / of);
   }
+  if (pass == UPDATE)
+    for (int64_t r = 0; r < n; r++) *job.rows[r].step += 1;
 }
 
 }  // extern "C"

@@ -14,7 +14,7 @@ from torch import Tensor
 from .fused import ROW, Fused, Settings, Tensors
 
 LEVELS = ("baseline instructions", "AVX2", "AVX-512")
-SETTINGS = struct.Struct("=Q11d")
+SETTINGS = struct.Struct("=Q12d")
 
 level: int | None = None  # of instructions; None takes the best that the machine has
 
@@ -32,7 +32,7 @@ def _library() -> ctypes.CDLL | str:
         layout = library.posterity_layout()
     except (OSError, AttributeError) as error:
         return f"{spec.origin} cannot be used: {error}"
-    if layout != ROW.size << 16 | SETTINGS.size << 4 | 2:
+    if layout != ROW.size << 16 | SETTINGS.size << 4 | 3:
         return f"{spec.origin} was built from other sources: install posterity again"
     library.posterity_run.restype = None
     library.posterity_run.argtypes = (
@@ -70,7 +70,7 @@ class Cpu(Fused):
         settings: Settings,
         at: Tensor,
         done: Callable[[Iterable[int]], None],
-        steps: Tensors | None,
+        steps: Tensors,
     ) -> None:
         """One call for all rows."""
         library, noise = _library(), settings.noise

@@ -21,7 +21,7 @@ Tensors = Sequence[Tensor]
 Number = float | Tensor  # a tensor where the host must not read it
 
 SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS = range(5)  # passes
-ROW = struct.Struct("=7Q4qd")
+ROW = struct.Struct("=7Q4qQ")
 LOW, LOW_GRAD, REGENERATE, HELD, APART = 1, 2, 4, 8, 16  # flags of a row
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -37,6 +37,7 @@ class Settings(NamedTuple):
     rate: float = 1.0  # 1−β1, as ρ is 1−β2
     rho: float = 1.0
     clip: float = math.inf
+    debias: float = 0.0  # β1 where the momentum is debiased (5)
     grad_scale: Number = 1.0
     product_scale: Number = 1.0
     square_scale: float = 0.0  # > 0: "gradsq"
@@ -50,23 +51,23 @@ class Flat:
 
     def __call__(self, t: Tensor) -> int:
         """The address of memory to read."""
-        if t.is_contiguous() and not t.is_neg():
+        if t.is_contiguous():
             return t.data_ptr()
-        flat = t.resolve_neg().contiguous()
+        flat = t.contiguous()
         self.copies.append((t, flat))
         return flat.data_ptr()
 
     def grad(self, t: Tensor) -> tuple[int, int]:
         """The address of a gradient, and the flag of its dtype."""
-        if t.dtype not in DTYPES:
-            t = t.to(torch.float32)
+        if t.dtype not in DTYPES or t.is_neg():
+            t = t.to(torch.float32).resolve_neg()
             self.copies.append((t, t))
         return self(t), LOW_GRAD * (t.dtype == torch.bfloat16)
 
     def back(self, written: Iterable[Tensor]) -> None:
         """Write back, and tell autograd what changed, which it does not see by itself."""
         written = list(written)
-        ours = {id(t) for t in written}
+        ours = {id(t) for t in written} if self.copies else ()
         for t, flat in self.copies:
             if id(t) in ours:
                 t.copy_(flat)
@@ -83,12 +84,12 @@ def row(
     momentum: int = 0,
     hess: int = 0,
     flags: int = 0,
-    debias: float = 1.0,
+    step: int = 0,
     start: int = 0,
 ) -> bytes:
     """What a pass needs to know of one tensor; addresses of 0 where it has no use for them."""
     return ROW.pack(
-        *(param, mean, grad, *sums, momentum, hess), *(t.numel(), number, start, flags, debias)
+        *(param, mean, grad, *sums, momentum, hess), *(t.numel(), number, start, flags, step)
     )
 
 
@@ -101,12 +102,13 @@ def _settings(
     lr: Number = 0.0,
     betas: tuple[float, float] = (0.0, 0.0),
     clip_radius: float = math.inf,
+    debias: bool = False,
     scale: Number = 1.0,
     product_scale: Number = 1.0,
     gradsq_scale: float = 0.0,
 ) -> Settings:
     least, rates = floor(hess_init, weight_decay), (1 - betas[0], 1 - betas[1], clip_radius)
-    scales = (scale, product_scale, gradsq_scale)
+    scales = (betas[0] if debias else 0.0, scale, product_scale, gradsq_scale)
     return Settings(noise, ess, weight_decay, least, lr, *rates, *scales)
 
 
@@ -126,7 +128,7 @@ class Fused:
         settings: Settings,
         at: Tensor,
         done: Callable[[Iterable[int]], None],
-        steps: Tensors | None,
+        steps: Tensors,
     ) -> None:
         """One pass.
 
@@ -136,7 +138,7 @@ class Fused:
             settings: of their group.
             at: a tensor of the device where they are.
             done: to be told which rows have been written, also where an error follows.
-            steps: counters that the host must not read; their factors 1/(1−β1^t) replace the rows'.
+            steps: the counters t of an update, which it advances.
         """
         raise NotImplementedError
 
@@ -147,16 +149,12 @@ class Fused:
         settings: Settings,
         flat: Flat,
         written: Sequence[Tensors],
-        count: Tensors = (),
-        steps: Tensors | None = None,
+        steps: Tensors = (),
     ) -> None:
-        """One pass, which writes ``written`` of each row and advances the counters ``count``."""
+        """One pass, which writes ``written`` of each row and advances ``steps``."""
 
         def done(which: Iterable[int]) -> None:
-            which = list(which)
             flat.back([t for i in which for t in written[i]])
-            if count:
-                torch._foreach_add_([count[i] for i in which], 1)  # pyright: ignore
 
         if rows:
             self.run(kind, rows, settings, written[0][0], done, steps)
@@ -215,14 +213,10 @@ class Fused:
         written = [*zip(grad_sums, product_sums, strict=True)]
         self._run(ACCUMULATE, rows, settings, flat, written)
 
-    def reads(self, steps: Tensors) -> bool:
-        """Whether the host may read the step counters."""
-        return True
-
     def _update(
         self,
         flat: Flat,
-        row: Callable[[int, float], bytes],
+        rows: list[bytes],
         steps: Tensors,
         noise: Noise | None,
         written: Sequence[Tensors],
@@ -230,21 +224,12 @@ class Fused:
         hess_approx: str,
         gradsq_scale: float | None,
         rescale_lr: bool,
-        debias: bool,
         **s,
     ) -> None:
         s["lr"] = s["lr"] * (s["hess_init"] + s["weight_decay"] if rescale_lr else 1)
         square = (gradsq_scale or 0.0) if hess_approx == "gradsq" else 0.0
-        factors, unread = [1.0] * len(steps), None
-        if debias and self.reads(steps):
-            counts = [float(t) + 1 for t in steps]
-            factor = {t: 1 / (1 - s["betas"][0] ** t) for t in set(counts)}  # (5)
-            factors = [factor[t] for t in counts]
-        elif debias:
-            unread = steps
-        rows = [row(i, factor) for i, factor in enumerate(factors)]
         settings = _settings(noise, gradsq_scale=square, **s)
-        self._run(UPDATE, rows, settings, flat, written, steps, unread)
+        self._run(UPDATE, rows, settings, flat, written, steps)
 
     def update(
         self,
@@ -257,14 +242,11 @@ class Fused:
         **s,
     ):
         """Lines (2) to (6) from sums over samples; as :func:`.reference.update`."""
-        flat = Flat()
-
-        def one(i: int, debias: float) -> bytes:
-            sums = flat(grads[i]), flat(products[i])
-            param, g, h = flat(means[i]), flat(momentum[i]), flat(hess[i])
-            return row(means[i], 0, param=param, sums=sums, momentum=g, hess=h, debias=debias)
-
-        self._update(flat, one, steps, None, [*zip(means, momentum, hess, strict=True)], **s)
+        flat, rows = Flat(), []
+        for m, ghat, gd, g, h, t in zip(means, grads, products, momentum, hess, steps, strict=True):
+            sums, at = (flat(ghat), flat(gd)), {"momentum": flat(g), "hess": flat(h)}
+            rows.append(row(m, 0, param=flat(m), sums=sums, step=t.data_ptr(), **at))
+        self._update(flat, rows, steps, None, [*zip(means, momentum, hess, strict=True)], **s)
 
     def step(
         self,
@@ -279,31 +261,20 @@ class Fused:
         **s,
     ):
         """Lines (2) to (6) from one sample, in one pass; as :func:`.reference.step`."""
-        flat = Flat()
-
-        def one(i: int, debias: float) -> bytes:
-            p, m = params[i], means[i]
-            grad, flags = flat.grad(grads[i])
-            if p.dtype == torch.bfloat16:
+        flat, rows, written = Flat(), [], []
+        for p, m, ghat, g, h, t, number in zip(
+            params, means, grads, momentum, hess, steps, noise.numbers, strict=True
+        ):
+            grad, flags = flat.grad(ghat)
+            low = p.dtype == torch.bfloat16
+            if low:
                 flags |= LOW
             elif live:
                 flags |= REGENERATE if m is p else HELD
-            return row(
-                *(p, noise.numbers[i]),
-                param=flat(p),
-                mean=0 if m is p else flat(m),
-                grad=grad,
-                momentum=flat(momentum[i]),
-                hess=flat(hess[i]),
-                flags=flags,
-                debias=debias,
-            )
-
-        written = [
-            (p, g, h, m) if p.dtype == torch.bfloat16 else (p, g, h)
-            for p, g, h, m in zip(params, momentum, hess, means, strict=True)
-        ]
-        self._update(flat, one, steps, noise, written, **s)
+            at = flat(p), 0 if m is p else flat(m), grad, 0, 0, flat(g), flat(h)
+            rows.append(ROW.pack(*at, p.numel(), number, 0, flags, t.data_ptr()))
+            written.append((p, g, h, m) if low else (p, g, h))
+        self._update(flat, rows, steps, noise, written, **s)
 
     def normals(self, noise: Noise, outs: Tensors, start: int = 0) -> None:
         """Write the draw's normals, from element ``start`` on, into contiguous float32 tensors."""

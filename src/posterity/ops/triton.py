@@ -29,7 +29,7 @@ from . import fused
 from .fused import ROW, Fused, Settings, Tensors
 from .noise import CHUNK, fold_int
 
-HEADER = struct.Struct("=QQ11d")  # key of the seed, number of the draw, sign, then as in Settings
+HEADER = struct.Struct("=QQ12d")  # key of the seed, number of the draw, sign, then as in Settings
 DRAW, NUMBERS = 1, 3  # words of the header
 WORDS = ROW.size // 8
 MEAN, GRAD_SUM, NUMEL, START, END, DEBIAS = 1, 3, 7, 9, 10, 11  # words of a row
@@ -240,9 +240,9 @@ def _passes(
                     u = _at_least(h + delta, floor)
                     before = _at_least(h, least)
                     v = tl.load(momentum, inside, 0.0)
-                    v += rate * (g * _float(table, 10) - v)  # (3)
-                    scale = ess * u if PRICE else _float(table, 12)
-                    r = rho * (product * _float(table, 11) * scale - before)  # with ĥ of (2)
+                    v += rate * (g * _float(table, 11) - v)  # (3)
+                    scale = ess * u if PRICE else _float(table, 13)
+                    r = rho * (product * _float(table, 12) * scale - before)  # with ĥ of (2)
                     h = _at_least(before + (r + r * r * (0.5 / u)), least)  # (4)
                     step = (v * debias + delta * m) / _at_least(h + delta, floor)  # (5)
                     step = _at_least(step, -clip)
@@ -254,6 +254,10 @@ def _passes(
                     tl.store(param, _narrow(m, LOW), inside)
             else:
                 tl.store(hess, e, inside)
+
+
+def _word(x: float) -> int:
+    return struct.unpack("=Q", struct.pack("=d", x))[0]
 
 
 def _table(
@@ -291,10 +295,6 @@ class Triton(Fused):
 
     name = "fused CUDA (Triton)"
 
-    def reads(self, steps: Tensors) -> bool:
-        """Not where they are on the device."""
-        return not (steps[0].is_cuda or INTERPRETED)
-
     def run(
         self,
         kind: int,
@@ -302,7 +302,7 @@ class Triton(Fused):
         settings: Settings,
         at: Tensor,
         done: Callable[[Iterable[int]], None],
-        steps: Tensors | None,
+        steps: Tensors,
     ) -> None:
         """One launch for the rows of each kind of memory: one in all, if their dtypes are alike."""
         alike: dict[tuple[int, bool, bool, bool], list[int]] = defaultdict(list)
@@ -313,17 +313,22 @@ class Triton(Fused):
                 alike[row[END], bool(row[MEAN]), bool(row[GRAD_SUM]), aligned].append(i)
             else:
                 done([i])
+                for count in steps[i : i + 1]:
+                    count += 1
         for (flags, mean, sums, aligned), members in alike.items():
-            chosen, end, debias = [unpacked[i] for i in members], 0, None
+            chosen, end, unread = [unpacked[i] for i in members], 0, None
+            counts = [steps[i] for i in members if steps]
             for row in chosen:
                 end += -(-(row[START] % CHUNK + row[NUMEL]) // BLOCK)
                 row[END] = end  # where its flags stood, which are those of the whole launch
-            if steps is not None:
-                counts = torch.stack([steps[i] for i in members]).double() + 1
-                debias = 1 / (1 - (1 - settings.rate) ** counts)  # (5)
+            if counts and (counts[0].is_cuda or INTERPRETED):
+                unread = 1 / (1 - settings.debias ** (torch.stack(counts).double() + 1))  # (5)
+            else:
+                for row, count in zip(chosen, counts, strict=False):
+                    row[DEBIAS] = _word(1 / (1 - settings.debias ** (float(count) + 1)))
             with torch.cuda.device(at.device) if at.is_cuda else nullcontext():
                 _passes[(end,)](
-                    *(_table(chosen, settings, at.device, debias), len(chosen)),
+                    *(_table(chosen, settings, at.device, unread), len(chosen)),
                     PASS=kind,
                     LOW=bool(flags & fused.LOW),
                     LOW_GRAD=bool(flags & fused.LOW_GRAD),
@@ -341,6 +346,8 @@ class Triton(Fused):
                     enable_fp_fusion=True,
                 )
             done(members)
+            if counts:
+                torch._foreach_add_(counts, 1)  # pyright: ignore
 
 
 passes = Triton()
