@@ -329,3 +329,27 @@ def test_what_antithetic_pairs_do_to_the_variance(antithetic, slope):
         squares = (found - found.mean()).square()
         assert abs(squares.mean() - expected) <= 4 * squares.std() / math.sqrt(n) + 1e-4, name
     assert abs(hhat.mean() - a) < 4 * hhat.std() / math.sqrt(n) + 1e-4
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 4.0])
+def test_bf16_training_estimates_the_curvature_by_what_was_drawn(share):
+    """Of aθ²/2 with σ a share of bf16's spacing u: σε is unbiased over weights anywhere between two
+    bf16 values; what rounding left of it is too large by the rounding's variance u²/12 over σ².
+    """
+    a, n, spacing = 2.0, 200_000, 2.0**-7
+    sigma = share * spacing
+    mean = 1 + torch.rand(n, generator=torch.Generator().manual_seed(0))
+    width = {"ess": 1.0, "hess_init": sigma**-2, "weight_decay": 0.0}
+    h, normals = torch.full((n,), sigma**-2), noise.normals(noise.draw_key(3, 0), [0], [n])
+    theta = torch.empty(n, dtype=torch.bfloat16)
+    reference.sample([theta], [mean], [h], normals, **width)
+    applied = theta.float() - mean
+    grad = (a * applied).bfloat16()
+    sums, products = torch.zeros(2, n)
+    reference.accumulate([sums], [products], [grad], [mean], [h], normals, "price", **width)
+    ratio = 1 + 1 / (12 * share**2)
+    for estimate, expected in ((products, a), (grad.float() * applied, a * ratio)):
+        estimate = estimate / sigma**2
+        error = estimate.std() / math.sqrt(n)
+        assert error < 0.02 * expected
+        assert abs(estimate.mean() - expected) < 4 * error
