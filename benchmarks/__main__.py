@@ -30,12 +30,12 @@ def show(rows: cases.Rows, found: Found, console: Console) -> None:
     """Collect rows and print each case's table when it is whole."""
     for case, peer, figures in rows:
         if case not in found:
-            console.print(f"[bold]{case}", highlight=False)
+            console.print(f"[bold]{case}", highlight=False, soft_wrap=True)
         found.setdefault(case, {})[peer] = figures
         cells = (
             [f"{key} {value:.4g}" for key, value in figures.items()] if figures else ["too busy"]
         )
-        console.print(f"  {peer:22} {'   '.join(cells)}", highlight=False)
+        console.print(f"  {peer:22} {'   '.join(cells)}", highlight=False, soft_wrap=True)
 
 
 def picture(costs: dict[str, list[tuple[float, float]]], path: Path) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-SLOWED = 1e-9  # seconds a parameter: above it the machine is busy with other things
+SLOWED = 2e-9  # seconds a parameter and thread: above it the machine is busy with other things
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -38,7 +38,7 @@ def ratio(
         rounds: of both, in turns, after two to warm up.
         device: that both run on.
         numel: number of parameters, where ``base`` is the optimizer alone: rounds in which it
-            takes more than 1 ms per million are thrown away.
+            takes more than 1 ms per million on two threads are thrown away.
         repeats: steps of a round, where one is too short for the clock.
     """
 
@@ -53,7 +53,7 @@ def ratio(
     for i in range(rounds + 2):
         pair = [several(step) for step in ((base, work) if i % 2 else (work, base))]
         least, mine = pair if i % 2 else pair[::-1]
-        if i >= 2 and (numel < 1_000_000 or least < SLOWED * numel):
+        if i >= 2 and (numel < 1_000_000 or least * torch.get_num_threads() < SLOWED * numel):
             kept.append((least, mine))
     if 2 * len(kept) < rounds:
         return None

@@ -171,8 +171,6 @@ class IVON(Optimizer):
             with torch.no_grad():
                 self._window.enter(newcomers, group["store_mean"])
 
-    @torch.inference_mode(False)  # state made while evaluating must serve training too
-    @torch.no_grad()
     def _slots(self) -> list[Slot]:
         """Every trainable parameter; its state is made on first use and follows it when moved."""
         placed = ((p, group) for group in self.param_groups for p in group["params"])
@@ -191,7 +189,12 @@ class IVON(Optimizer):
             and (hess.device == p.device and hess.shape == p.shape)
         ):
             return state  # the usual case, quickly
-        if not state:
+        return self._make_state(p, group)
+
+    @torch.inference_mode(False)  # state made while evaluating must serve training too
+    @torch.no_grad()
+    def _make_state(self, p: Tensor, group: Group) -> dict[str, Any]:
+        if not self.state.get(p):
             groups.check_trainable(p, group)
         state, dtype = self.state[p], groups.state_dtype(p)
         on = p.device if group["capturable"] else torch.device("cpu")
@@ -267,7 +270,8 @@ class IVON(Optimizer):
     def _training_sample(self) -> Iterator[None]:
         with self._within("sampled_params(train=True)"):
             try:
-                self._new_draw("context")
+                with torch.no_grad():
+                    self._new_draw("context")
                 yield
                 self._hold()
             except BaseException:
@@ -275,7 +279,6 @@ class IVON(Optimizer):
                     self._window.drop()
                 raise
 
-    @torch.no_grad()
     def _new_draw(self, way: str) -> None:
         self._guard_capture()
         slots, whole = self._slots(), self._whole  # first: the parameters may have moved

@@ -158,6 +158,9 @@ class Draw:
         """Put the mean back."""
         if not self.live:
             return
+        if not self.slots:  # a step has brought all to their new mean
+            self.means, self.live = {}, False
+            return
         lost = []
         for p, s in self.slots.items():
             if low_precision(p):

@@ -42,7 +42,8 @@ struct Row {
 };
 
 struct Settings {
-  uint64_t key;  // of the draw: first word low, second high
+  uint64_t key;   // of the seed: first word low, second high
+  uint64_t draw;  // number of the draw
   double sign;   // of the noise: +1, −1
   double ess, delta, floor;
   double lr, rate, rho, clip;  // rate: 1−β1, ρ: 1−β2
@@ -313,6 +314,8 @@ INLINE void run(const Job &job, int64_t begin, int64_t end) {
                   float(given.floor - given.delta), float(given.lr), float(given.rate),
                   float(given.rho), float(given.clip), float(given.grad_scale),
                   float(given.product_scale), float(given.square_scale)};
+  uint32_t key0 = uint32_t(given.draw), key1 = uint32_t(given.draw >> 32);
+  threefry(uint32_t(given.key), uint32_t(given.key >> 32), key0, key1);
   int64_t before = 0;
   for (int64_t r = 0; r < job.n && before < end; r++) {
     const Row &row = job.rows[r];
@@ -324,7 +327,7 @@ INLINE void run(const Job &job, int64_t begin, int64_t end) {
     float debias = 1;
     if (job.pass == UPDATE) debias = float(1 / (1 - std::pow(given.debias, double(*row.step) + 1)));
     uint32_t k0 = uint32_t(row.number), k1 = uint32_t(uint64_t(row.number) >> 32);
-    threefry(uint32_t(given.key), uint32_t(given.key >> 32), k0, k1);
+    threefry(key0, key1, k0, k1);
     const bool price = s.square <= 0, known = row.grad_sum || row.flags & HELD;
     const bool noisy = job.pass == UPDATE ? row.flags & REGENERATE || (price && !known)
                                           : job.pass != ACCUMULATE || price;
@@ -370,7 +373,7 @@ constexpr int64_t GRAIN = 64;  // chunks worth a thread
 extern "C" {
 
 // What the Python side and this file must agree on.
-int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 3); }
+int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 4); }
 
 // How many instruction sets this machine has: 0 the baseline alone, 1 AVX2 too, 2 AVX-512 too.
 int posterity_levels() {
@@ -395,8 +398,7 @@ void posterity_run(int pass, const void *rows, int64_t n, const void *settings, 
   for (int64_t r = 0; r < n; r++) total += chunks(job.rows[r]);
   const int64_t useful = (total + GRAIN - 1) / GRAIN;
   if (threads > useful) threads = int(useful);
-  if (threads < 1) threads = 1;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #ifdef _OPENMP
     const int64_t i = omp_get_thread_num(), of = omp_get_num_threads();

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import struct
 from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .fused import ROW, Fused, Settings, Tensors
+from .fused import ROW, SETTINGS, Fused, Settings, Tensors
 
 LEVELS = ("baseline instructions", "AVX2", "AVX-512")
-SETTINGS = struct.Struct("=Q12d")
 
 level: int | None = None  # of instructions; None takes the best that the machine has
 
@@ -32,7 +30,7 @@ def _library() -> ctypes.CDLL | str:
         layout = library.posterity_layout()
     except (OSError, AttributeError) as error:
         return f"{spec.origin} cannot be used: {error}"
-    if layout != ROW.size << 16 | SETTINGS.size << 4 | 3:
+    if layout != ROW.size << 16 | SETTINGS.size << 4 | 4:
         return f"{spec.origin} was built from other sources: install posterity again"
     library.posterity_run.restype = None
     library.posterity_run.argtypes = (
@@ -75,8 +73,8 @@ class Cpu(Fused):
         """One call for all rows."""
         library, noise = _library(), settings.noise
         assert isinstance(library, ctypes.CDLL)
-        key, sign = (0, 1) if noise is None else (noise.key, noise.sign)
-        packed = SETTINGS.pack(key, sign, *map(float, settings[1:]))
+        place = (0, 0, 1) if noise is None else (noise.key, int(noise.draw) % 2**64, noise.sign)
+        packed = SETTINGS.pack(*place, *map(float, settings[1:]))
         threads, joined = torch.get_num_threads(), b"".join(rows)
         try:
             library.posterity_run(kind, joined, len(rows), packed, _level(), threads)

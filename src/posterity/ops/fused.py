@@ -22,6 +22,7 @@ Number = float | Tensor  # a tensor where the host must not read it
 
 SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS = range(5)  # passes
 ROW = struct.Struct("=7Q4qQ")
+SETTINGS = struct.Struct("=QQ12d")  # key of the seed, number of the draw, sign, Settings
 LOW, LOW_GRAD, REGENERATE, HELD, APART = 1, 2, 4, 8, 16  # flags of a row
 DTYPES = (torch.float32, torch.bfloat16)
 

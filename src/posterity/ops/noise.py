@@ -178,8 +178,8 @@ class Noise:
 
     @property
     def key(self) -> int:
-        """The draw's key as 64 bits, the first word low."""
-        low, high = fold_int(fold_int((0, 0), int(self.seed)), int(self.draw))
+        """The seed's key as 64 bits, the first word low."""
+        low, high = fold_int((0, 0), int(self.seed))
         return low | high << 32
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -26,10 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import fused
-from .fused import ROW, Fused, Settings, Tensors
-from .noise import CHUNK, fold_int
+from .fused import ROW, SETTINGS, Fused, Settings, Tensors
+from .noise import CHUNK
 
-HEADER = struct.Struct("=QQ12d")  # key of the seed, number of the draw, sign, then as in Settings
 DRAW, NUMBERS = 1, 3  # words of the header
 WORDS = ROW.size // 8
 MEAN, GRAD_SUM, NUMEL, START, END, DEBIAS = 1, 3, 7, 9, 10, 11  # words of a row
@@ -265,13 +264,11 @@ def _table(
 ) -> Tensor:
     """Header and rows on the device."""
     noise, numbers = settings.noise, settings[1:]
-    key, draw, sign = (0, 0), 0, 1
-    if noise is not None:
-        key, draw, sign = fold_int((0, 0), noise.seed), noise.draw, noise.sign
+    key, draw, sign = (0, 0, 1) if noise is None else (noise.key, noise.draw, noise.sign)
     number = 0 if isinstance(draw, Tensor) else draw % 2**64
     unread = {i: x for i, x in enumerate(numbers) if isinstance(x, Tensor) and x.device == device}
     known = [0.0 if i in unread else float(x) for i, x in enumerate(numbers)]
-    packed = bytearray(HEADER.pack(key[0] | key[1] << 32, number, sign, *known))
+    packed = bytearray(SETTINGS.pack(key, number, sign, *known))
     for row in rows:
         packed += ROW.pack(*row)
     host = torch.frombuffer(packed, dtype=torch.int64)
@@ -286,7 +283,7 @@ def _table(
     if isinstance(draw, Tensor):
         table[DRAW].copy_(draw)
     if debias is not None:
-        reals[HEADER.size // 8 :].view(-1, WORDS)[:, DEBIAS].copy_(debias)
+        reals[SETTINGS.size // 8 :].view(-1, WORDS)[:, DEBIAS].copy_(debias)
     return table
 
 
@@ -341,7 +338,7 @@ class Triton(Fused):
                     ALIGNED=aligned,
                     PAIRS=PAIRS,
                     TILES=TILES,
-                    HEADER_WORDS=HEADER.size // 8,
+                    HEADER_WORDS=SETTINGS.size // 8,
                     WORDS=WORDS,
                     enable_fp_fusion=True,
                 )
