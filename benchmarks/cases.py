@@ -104,7 +104,7 @@ def networks(device: str) -> Iterator[Network]:
                 logits = m(tokens[:, :-1]).flatten(0, 1)
                 return nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
 
-        yield "GPT-2 124M, batch 8", model, loss  # type: ignore[misc]
+        yield "GPT-2 124M, batch 8", model, loss
         return
     for batch in (1, 4, 16):
         tokens = torch.randint(512, (batch, 257))
