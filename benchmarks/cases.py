@@ -164,6 +164,11 @@ def sizes(device: str, rounds: int) -> Rows:
             if peer.slow and numel > 3e7:
                 continue
             opt = peer.build(params)
-            step = lambda: peer.step(opt, nothing)  # noqa: E731
-            found = ratio(step, base.step, rounds=rounds, device=device, numel=numel)
+            found = ratio(
+                lambda: peer.step(opt, nothing),
+                base.step,
+                rounds=rounds,
+                device=device,
+                numel=numel,
+            )
             yield f"{numel:,} parameters", name, found and found | {"numel": numel}
