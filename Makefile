@@ -37,7 +37,7 @@ clean:  ## remove the environment and what tools cache (runs/ stays)
 	@$(PYTHON) -m venv .venv
 
 # Installed in the stages that the two commands need: .venv/studies runs, .venv/dev also tests.
-.venv/studies .venv/dev: .venv/%: pyproject.toml constraints.txt src/posterity/ops/_cpu.cpp | .venv/bin/python
+.venv/studies .venv/dev: .venv/%: pyproject.toml constraints.txt $(wildcard src/posterity/ops/_*.cpp src/posterity/ops/_*.h) | .venv/bin/python
 	@echo "setting up .venv ($*): about a minute" >&2
 	@$(BIN)/python -m pip install -q --progress-bar off -c constraints.txt -e '.[$*]' 2>.venv/install.log || \
 	  { cat .venv/install.log >&2; echo "posterity: installing into .venv failed; the lines above say why" >&2; exit 1; }
