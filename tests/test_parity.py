@@ -170,7 +170,7 @@ def pair(low, ops):
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("keep", [True, False])
-def test_sample_and_unsample(low, keep, ops, threads):
+def test_sample_unsample_and_restore(low, keep, ops, threads):
     both = (ours, _), (exact, _) = pair(low, ops)
     keep = keep and not low
     for s, implementation in both:
@@ -184,6 +184,26 @@ def test_sample_and_unsample(low, keep, ops, threads):
         ops.unsample(ours.params, ours.hess, noise_of(ours.params), **WIDTH)
         for a, b in zip(ours.params, ours.start, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-7, atol=1e-7)
+    ops.restore(ours.params, ours.start)
+    for a, b in zip(ours.params, ours.start, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+@pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "unaligned"])
+def test_what_goes_past_the_caches_is_the_same(offset, level, threads):
+    """Above 2^22 elements, whose mean no cache would hold until the step."""
+    numel = (1 << 22) + 1000
+    p = torch.linspace(-1, 1, numel + offset)[offset:]
+    mean, hess = torch.full((numel + offset,), math.nan)[offset:], torch.ones(numel)
+    start, e = p.clone(), torch.empty(numel)
+    for i in range(0, numel, 1 << 20):  # each piece is small
+        cpu.passes.normals(noise_of([p]), [e[i : i + (1 << 20)]], i)
+    cpu.passes.sample([p], [mean], [hess], noise_of([p]), True, **WIDTH)
+    theta = start + e * (WIDTH["ess"] * (1 + WIDTH["weight_decay"])) ** -0.5
+    torch.testing.assert_close(p, theta, rtol=1e-6, atol=1e-7)
+    assert torch.equal(mean, start)
+    cpu.passes.restore([p], [mean])
+    assert torch.equal(p, start)
 
 
 CHANGES = [

@@ -16,7 +16,7 @@ from . import checkpoint, distributed, groups, ops
 from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
-from .sampling import Draw, Slot, Window, mean_at_rest, params_of, runs, state_of
+from .sampling import Draw, Slot, Window, mean_at_rest, params_of, state_of
 
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
@@ -126,6 +126,7 @@ class IVON(Optimizer):
 
     def _reset(self) -> None:
         """Make what stands beside the state."""
+        self._known: dict[int, Slot] = {}
         self._window = Window()
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
@@ -173,27 +174,24 @@ class IVON(Optimizer):
 
     def _slots(self) -> list[Slot]:
         """Every trainable parameter; its state is made on first use and follows it when moved."""
-        placed = ((p, group) for group in self.param_groups for p in group["params"])
-        return [
-            Slot(p, group, self._state(p, group), number)
-            for number, (p, group) in enumerate(placed)
-            if p.requires_grad
-        ]
-
-    def _state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        state = self.state.get(p)
-        if (
-            state
-            and "mean" not in state
-            and p.dtype == (hess := state["hess"]).dtype
-            and (hess.device == p.device and hess.shape == p.shape)
-        ):
-            return state  # the usual case, quickly
-        return self._make_state(p, group)
+        known = self._known
+        if len(self.state) < len(known):
+            known.clear()
+        slots, number = [], -1
+        for group in self.param_groups:
+            for p in group["params"]:
+                number += 1
+                if p.requires_grad:
+                    slot = known.get(number)
+                    if slot is None or not slot.fits(p, group):
+                        slot = known[number] = Slot(p, group, self._state(p, group), number)
+                        self._window.renew(slot)
+                    slots.append(slot)
+        return slots
 
     @torch.inference_mode(False)  # state made while evaluating must serve training too
     @torch.no_grad()
-    def _make_state(self, p: Tensor, group: Group) -> dict[str, Any]:
+    def _state(self, p: Tensor, group: Group) -> dict[str, Any]:
         if not self.state.get(p):
             groups.check_trainable(p, group)
         state, dtype = self.state[p], groups.state_dtype(p)
@@ -422,9 +420,10 @@ class IVON(Optimizer):
             draw, grads = None, state_of(slots, "grad_sum")
         else:  # from the one sample, in one pass
             slots, grads = self._window.gradients(last=True, checked=scale is not None)
-        unseen = [g for s, g in zip(slots, grads, strict=True) if s.param.grad is not g]
-        if found_inf is not None and not all(g.isfinite().all() for g in unseen):
-            return None  # of a sample whose gradients the scaler could not see any more
+        if found_inf is not None:
+            unseen = [g for s, g in zip(slots, grads, strict=True) if s.param.grad is not g]
+            if not all(g.isfinite().all() for g in unseen):
+                return None  # of a sample whose gradients the scaler could not see any more
         if not slots:
             if not self._warned:
                 warnings.warn(
@@ -435,8 +434,8 @@ class IVON(Optimizer):
         factor = 1 / max(self._whole["pending"], 1)
         if scale is not None:
             factor = factor / scale
-        given = dict(zip((s.param for s in slots), grads, strict=True))
-        for implementation, run in runs(slots):
+        given = dict(zip((s.number for s in slots), grads, strict=True))
+        for implementation, run in self._window.runs(slots):
             group, params = run[0].group, params_of(run)
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
@@ -451,7 +450,7 @@ class IVON(Optimizer):
                         slot.param.copy_(mean)
             else:
                 means = [draw.source(s, p) for s, p in zip(run, params, strict=True)]
-                grads = [given[s.param] for s in run]
+                grads = [given[s.number] for s in run]
                 noise = draw.noise(run)
                 before = [p._version for p in params]
                 try:
@@ -486,7 +485,8 @@ class IVON(Optimizer):
         """
         draw = self._window.draw
         if draw is not None and not set_to_none:
-            for p, (held, _) in draw.held.items():
+            for number, (held, _) in draw.held.items():
+                p = draw.slots[number].param
                 if p.grad is held:
                     p.grad = torch.zeros_like(held)
         super().zero_grad(set_to_none)

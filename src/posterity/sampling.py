@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +24,21 @@ CHANGED = (
 )
 
 
-class Slot(NamedTuple):
+class Slot:
     """A parameter, its group, its state, and its number: the third word of its noise."""
 
-    param: Tensor
-    group: Group
-    state: dict[str, Any]
-    number: int
+    __slots__ = ("dtype", "group", "number", "param", "state")
+
+    def __init__(self, param: Tensor, group: Group, state: dict[str, Any], number: int):
+        self.param, self.group, self.state, self.number = param, group, state, number
+        self.dtype = param.dtype
+
+    def fits(self, p: Tensor, group: Group) -> bool:
+        """Whether this is still that parameter in that group, where and as it was."""
+        hess = self.state["hess"]
+        return (self.param is p and self.group is group and self.dtype == p.dtype) and (
+            hess.device == p.device and hess.shape == p.shape
+        )
 
     @property
     def ops(self) -> Ops:
@@ -52,17 +60,21 @@ def mean_at_rest(slot: Slot) -> Tensor:
     return mean.copy_(torch.where(mean.to(p.dtype) == p, mean, p.to(mean.dtype)))
 
 
-def runs(slots: Iterable[Slot]) -> Iterator[tuple[Ops, list[Slot]]]:
+Runs = list[tuple[Ops, list[Slot]]]
+Spare = dict[int, tuple[Slot, Tensor]]  # memory for the means, by number
+
+
+def runs(slots: Iterable[Slot]) -> Runs:
     """The slots of each implementation, group and device, in order."""
     found: dict[tuple[int, Ops, torch.device], list[Slot]] = {}
     for slot in slots:
         found.setdefault((id(slot.group), slot.ops, slot.param.device), []).append(slot)
-    return iter([(ops, run) for (_, ops, _), run in found.items()])
+    return [(ops, run) for (_, ops, _), run in found.items()]
 
 
 def params_of(slots: list[Slot]) -> list[Tensor]:
-    """The slots' parameters, without their history."""
-    return [s.param.detach() for s in slots]
+    """The slots' parameters."""
+    return [s.param for s in slots]
 
 
 def state_of(slots: list[Slot], name: str) -> list[Tensor]:
@@ -82,23 +94,23 @@ class Draw:
     def __init__(self, seed: int, number: int | Tensor, sign: int, way: str):
         self.seed, self.number, self.sign = seed, number, sign
         self.way = way  # "context" or "train": who drew it
-        self.slots: dict[Tensor, Slot] = {}
+        self.slots: dict[int, Slot] = {}  # by number, as are means and held
         self.live = False
         self.drawn: dict[int, tuple[Slot, dict[str, Any]]] = {}  # σ's settings then, by group
-        self.means: dict[Tensor, Tensor] = {}
-        self.held: dict[Tensor, tuple[Tensor, int]] = {}  # gradients and their versions, by param
+        self.means: dict[int, Tensor] = {}
+        self.held: dict[int, tuple[Tensor, int]] = {}  # gradients and their versions
 
     def noise(self, slots: list[Slot]) -> Noise:
         """The draw's standard normals for these slots."""
         numbers, like = [s.number for s in slots], params_of(slots)
         return Noise(self.seed, self.number, self.sign, numbers, like)
 
-    def enter(self, slots: list[Slot], store_mean: bool, spare: dict[Tensor, Tensor]) -> None:
-        """Put θ into the parameters of ``slots`` and take them up; ``spare`` holds old means."""
+    def enter(self, runs: Runs, store_mean: bool, spare: Spare) -> None:
+        """Put θ into the parameters of ``runs`` and take them up; ``spare`` holds old means."""
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights
         self.live = True
         try:
-            for ops, run in runs(slots):
+            for ops, run in runs:
                 self.drawn[id(run[0].group)] = run[0], run[0].width
                 low, kept, lost = [], [], []
                 for s in run:
@@ -111,14 +123,12 @@ class Draw:
             self.leave()
             raise
 
-    def _place(
-        self, ops: Ops, slots: list[Slot], low: bool, keep: bool, spare: dict[Tensor, Tensor]
-    ) -> None:
+    def _place(self, ops: Ops, slots: list[Slot], low: bool, keep: bool, spare: Spare) -> None:
         params = params_of(slots)
         if low:
             means = [mean_at_rest(s) for s in slots]
         elif keep:
-            means = [_room(spare, s.param) for s in slots]
+            means = [_room(spare, s) for s in slots]
         else:
             means = params
         hess, before = state_of(slots, "hess"), [p._version for p in params]
@@ -127,9 +137,9 @@ class Draw:
         finally:  # after an error the parameters that hold θ by then are to be restored
             for s, p, m, version in zip(slots, params, means, before, strict=True):
                 if p._version != version:
-                    self.slots[s.param] = s
+                    self.slots[s.number] = s
                     if keep:
-                        self.means[s.param] = m
+                        self.means[s.number] = m
 
     def width(self, slot: Slot) -> dict[str, Any]:
         """The settings that made σ when θ was drawn."""
@@ -143,7 +153,7 @@ class Draw:
     def source(self, slot: Slot, param: Tensor) -> Tensor:
         """Where a step finds the mean: kept, or at rest in the parameter, or there under σε."""
         if self.live and not low_precision(param):
-            return self._kept(slot.param) if slot.param in self.means else param
+            return self._kept(slot) if slot.number in self.means else param
         if self.live:
             return slot.state["mean"]
         return mean_at_rest(slot) if low_precision(param) else param
@@ -151,8 +161,8 @@ class Draw:
     def forget(self, slots: list[Slot]) -> None:
         """Let go of parameters that a step has brought to their new mean."""
         for s in slots:
-            self.slots.pop(s.param, None)
-            self.means.pop(s.param, None)
+            self.slots.pop(s.number, None)
+            self.means.pop(s.number, None)
 
     def leave(self) -> None:
         """Put the mean back."""
@@ -161,50 +171,53 @@ class Draw:
         if not self.slots:  # a step has brought all to their new mean
             self.means, self.live = {}, False
             return
-        lost = []
-        for p, s in self.slots.items():
-            if low_precision(p):
-                p.copy_(s.state["mean"])
-            elif p in self.means:
-                p.copy_(self.means[p])
-            else:
-                lost.append(s)
-        for ops, run in runs(lost):
-            params, before = params_of(run), [s.param._version for s in run]
-            width = self.width(run[0])
+        for ops, run in runs(self.slots.values()):
+            kept, lost = [], []
+            for s in run:
+                found = low_precision(s.param) or s.number in self.means
+                (kept if found else lost).append(s)
+            if kept:
+                ops.restore(params_of(kept), [self.mean(s) for s in kept])
+            if not lost:
+                continue
+            params, before = params_of(lost), [s.param._version for s in lost]
+            width = self.width(lost[0])
             try:
-                ops.unsample(params, state_of(run, "hess"), self.noise(run), **width)
+                ops.unsample(params, state_of(lost, "hess"), self.noise(lost), **width)
             finally:  # after an interrupt too: nothing is restored twice
-                for s, version in zip(run, before, strict=True):
+                for s, version in zip(lost, before, strict=True):
                     if s.param._version != version:
                         s.state["rounded"] = True
-                        self.means[s.param] = s.param.detach()
+                        self.means[s.number] = s.param
         self.means, self.live = {}, False
         torch.clear_autocast_cache()
 
-    def _kept(self, p: Tensor) -> Tensor:
-        return self.means[p].to(p.device, p.dtype)  # it may have moved since
+    def _kept(self, slot: Slot) -> Tensor:
+        p = slot.param
+        return self.means[slot.number].to(p.device, p.dtype)  # it may have moved since
 
     def mean(self, slot: Slot) -> Tensor:
         """The mean while the sample is live."""
         p = slot.param
-        if p not in self.slots:
+        if slot.number not in self.slots:
             return mean_at_rest(slot)
         if low_precision(p):
             return slot.state["mean"]
-        if p in self.means:
-            return self._kept(p)
+        if slot.number in self.means:
+            return self._kept(slot)
         mean = p.detach().clone()
         width = self.width(slot)
         slot.ops.unsample([mean], [slot.state["hess"]], self.noise([slot]), **width)
         return mean
 
 
-def _room(spare: dict[Tensor, Tensor], p: Tensor) -> Tensor:
+def _room(spare: Spare, slot: Slot) -> Tensor:
     """Memory for a parameter's mean, kept between steps: fresh pages cost more than the pass."""
-    room = spare.get(p)
-    if room is None or (room.shape, room.dtype, room.device) != (p.shape, p.dtype, p.device):
-        room = spare[p] = torch.empty(p.shape, dtype=p.dtype, device=p.device)  # row-major
+    owner, room = spare.get(slot.number, (None, slot.param))
+    if owner is not slot:
+        p = slot.param
+        room = torch.empty(p.shape, dtype=p.dtype, device=p.device)  # row-major
+        spare[slot.number] = slot, room
     return room
 
 
@@ -218,13 +231,26 @@ class Window:
     def __init__(self):
         self.draw: Draw | None = None
         self.sealed: list[tuple[Tensor, Tensor | None, int]] = []
-        self.aside: dict[Tensor, Tensor] = {}  # the means, while an evaluation sample stands
-        self.spare: dict[Tensor, Tensor] = {}  # memory of the means, by parameter
+        self.aside: dict[int, Tensor] = {}  # the means, while an evaluation sample stands
+        self.spare: Spare = {}
+        self._last: tuple[list[Slot], Runs] = [], []
+
+    def runs(self, slots: list[Slot]) -> Runs:
+        """As :func:`runs`, of slots that fit; mostly the same ones as the last time."""
+        if slots != self._last[0]:
+            self._last = slots, runs(slots)
+        return self._last[1]
+
+    def renew(self, slot: Slot) -> None:
+        """Know a parameter that has moved since its sample was drawn as it is now."""
+        draw = self.draw
+        if draw is not None and (old := draw.slots.get(slot.number)) and old.param is slot.param:
+            draw.slots[slot.number] = slot
 
     def mean(self, slot: Slot) -> Tensor:
         """The mean in the state's precision, whatever stands in the parameter."""
-        if slot.param in self.aside:
-            return self.aside[slot.param]
+        if slot.number in self.aside:
+            return self.aside[slot.number]
         draw = self.draw
         return draw.mean(slot) if draw is not None and draw.live else mean_at_rest(slot)
 
@@ -233,23 +259,23 @@ class Window:
         """An evaluation sample, around the mean; then again what stood there, if a live sample."""
         with torch.no_grad():
             live = self.draw is not None and self.draw.live
-            means = {s.param: self.mean(s).clone() for s in slots}
-            standing = {
-                p: p.detach().clone() if live or low_precision(p) else mean
-                for p, mean in means.items()
-            }
+            means = {s.number: self.mean(s).clone() for s in slots}
+            standing = [
+                (p, p.clone() if live or low_precision(p) else mean)
+                for p, mean in zip(params_of(slots), means.values(), strict=True)
+            ]
         self.aside = means
         try:
             with torch.no_grad():
                 torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights
-                for ops, run in runs(slots):
-                    mine = [means[s.param] for s in run]
+                for ops, run in self.runs(slots):
+                    mine = [means[s.number] for s in run]
                     hess, noise = state_of(run, "hess"), draw.noise(run)
                     ops.sample(params_of(run), mine, hess, noise, **run[0].width)
             yield
         finally:
             with torch.no_grad():
-                for p, value in standing.items():
+                for p, value in standing:
                     p.copy_(value)
             self.aside = {}
             torch.clear_autocast_cache()
@@ -266,20 +292,21 @@ class Window:
     def enter(self, slots: list[Slot], store_mean: bool) -> None:
         """Put the sample into the parameters of ``slots``."""
         assert self.draw is not None
-        self.draw.enter(slots, store_mean, self.spare if store_mean else {})
+        self.draw.enter(self.runs(slots), store_mean, self.spare if store_mean else {})
 
     def hold(self) -> None:
         """Restore the mean and hold the sample's gradients."""
         if draw := self.draw:
             draw.leave()
-            draw.held = {p: (p.grad, p.grad._version) for p in draw.slots if p.grad is not None}
+            grads = ((number, s.param.grad) for number, s in draw.slots.items())
+            draw.held = {number: (g, g._version) for number, g in grads if g is not None}
 
     def drop(self) -> None:
         """Restore the mean and forget the sample with its gradients."""
         if draw := self.draw:
             draw.leave()
-            for p in draw.slots:
-                p.grad = None
+            for s in draw.slots.values():
+                s.param.grad = None
             self.draw = None
 
     def end(self, states: Iterable[dict[str, Any]]) -> None:
@@ -314,7 +341,7 @@ class Window:
                 for name in SUMS:
                     slot.param.grad.add_(slot.state[name] * 0)
         self.draw = None
-        held = [(p, p.grad) for p in draw.slots]
+        held = [(s.param, s.param.grad) for s in draw.slots.values()]
         self.sealed = [(p, grad, 0 if grad is None else grad._version) for p, grad in held]
         return bool(slots)
 
@@ -332,24 +359,25 @@ class Window:
         slots, grads = [], []
         if (draw := self.draw) is None:
             return slots, grads
-        for p, slot in draw.slots.items():
+        for number, slot in draw.slots.items():
+            p = slot.param
             grad = p.grad
             if draw.way == "context":
-                held, version = draw.held.get(p, (None, 0))
+                held, version = draw.held.get(number, (None, 0))
                 replaced = grad is not None and grad is not held and bool(grad.any())
                 if replaced or (not last and held is not None and held._version != version):
                     raise RuntimeError(CHANGED)
                 grad = held
             if grad is None:
                 continue
-            if (grad.shape, grad.device) != (p.shape, p.device):
+            if grad.shape != p.shape or grad.device != p.device:
                 raise RuntimeError(
-                    f"parameter {slot.number}, {tuple(p.shape)} on {p.device}, has a gradient "
+                    f"parameter {number}, {tuple(p.shape)} on {p.device}, has a gradient "
                     f"{tuple(grad.shape)} on {grad.device}: its data was replaced since"
                 )
             if grad.layout != torch.strided:
                 raise RuntimeError(
-                    f"IVON needs dense gradients, but parameter {slot.number} of shape "
+                    f"IVON needs dense gradients, but parameter {number} of shape "
                     f"{tuple(p.shape)} got a {grad.layout} one: pass sparse=False to nn.Embedding"
                 )
             slots.append(slot)
@@ -369,9 +397,9 @@ class Window:
     ) -> None:
         """Add the latest sample to the sums of each parameter."""
         assert self.draw is not None
-        place = {s.param: i for i, s in enumerate(slots)}
+        place = {s.number: i for i, s in enumerate(slots)}
         for ops, run in runs(slots):
-            at = [place[s.param] for s in run]
+            at = [place[s.number] for s in run]
             totals, products = ([sums[i][name] for i in at] for name in SUMS)
             mine, means = [grads[i] for i in at], [self.mean(s) for s in run]
             hess, approx = state_of(run, "hess"), run[0].group["hess_approx"]

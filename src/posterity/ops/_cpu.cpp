@@ -65,13 +65,14 @@ struct Settings {
   double grad_scale, product_scale, square_scale;  // square_scale > 0: "gradsq"
 };
 
-enum Pass { SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS };
+enum Pass { SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS, RESTORE };
 
 struct Job {
   int pass;
   const Row *rows;
   int64_t n;
   const Settings *settings;
+  bool past;  // whether what is only written had better not fill the caches
 };
 
 struct Scalars {  // of a group, in the precision of the state
@@ -82,6 +83,7 @@ struct Scalars {  // of a group, in the precision of the state
 struct Span {
   int64_t first;  // index in the tensor of the chunk's first element; negative before a slice
   int from, to;   // elements of the chunk that are the tensor's
+  bool past;      // as in Job
 };
 
 INLINE uint32_t word(float x) { uint32_t w; std::memcpy(&w, &x, 4); return w; }
@@ -150,7 +152,8 @@ namespace avx512 {
 
 #endif  // X86
 
-constexpr int64_t GRAIN = 64;  // chunks worth a thread
+constexpr int64_t GRAIN = 64;     // chunks worth a thread
+constexpr int64_t LARGE = 16384;  // chunks that no cache is expected to hold until they are read
 
 }  // namespace
 
@@ -172,14 +175,15 @@ int posterity_levels() {
 
 void posterity_run(int pass, const void *rows, int64_t n, const void *settings, int level,
                    int threads) {
-  const Job job{pass, static_cast<const Row *>(rows), n, static_cast<const Settings *>(settings)};
   auto part = baseline::run;
 #ifdef X86
   if (level == 1) part = avx2::run;
   if (level == 2) part = avx512::run;
 #endif
   int64_t total = 0;
-  for (int64_t r = 0; r < n; r++) total += chunks(job.rows[r]);
+  for (int64_t r = 0; r < n; r++) total += chunks(static_cast<const Row *>(rows)[r]);
+  const Job job{pass, static_cast<const Row *>(rows), n, static_cast<const Settings *>(settings),
+                total > LARGE};
   const int64_t useful = (total + GRAIN - 1) / GRAIN;
   if (threads > useful) threads = int(useful);
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -11,6 +11,18 @@ INLINE F stream(const float *from) {  // the next chunk comes while this one is 
   return get(from);
 }
 INLINE void put(F x, float *to) { std::memcpy(to, &x, sizeof x); }
+// Past the caches, where it will not be read before it has left them: that spares reading it first.
+INLINE void put_past(F x, float *to) {
+#if WIDTH == 16
+  _mm512_stream_ps(to, (__m512)x);
+#elif WIDTH == 8
+  _mm256_stream_ps(to, (__m256)x);
+#elif defined(X86)
+  _mm_stream_ps(to, (__m128)x);
+#else
+  put(x, to);
+#endif
+}
 INLINE F to_real(U x) { return __builtin_convertvector((I)x, F); }  // of signed words
 INLINE F at_least(F x, float low) { return x < low ? F{} + low : x; }  // NaN stays
 INLINE F at_most(F x, float high) { return x > high ? F{} + high : x; }
@@ -168,13 +180,29 @@ INLINE void sample(const Row &row, const Scalars &s, const Span &span, const Nor
   const float *hess = load(row.hess, span, false, b);
   float *thetas = place(row.param, span, low, c);
   float *kept = keep ? place(row.mean, span, false, d) : d;
+  const bool past = span.past && kept != d && !(uintptr_t(kept) % 64);
   each(noise, [&](int i, F e) INLINED {
     const F m = stream(means + i);
-    if (keep) put(m, kept + i);
+    if (past) put_past(m, kept + i);
+    else if (keep) put(m, kept + i);
     put(m + perturbation(bounded(stream(hess + i), s), e, s), thetas + i);
   });
   if (keep) store(kept, row.mean, span, false);
   store(thetas, row.param, span, low);
+}
+
+// θ → m, which was kept.
+INLINE void restore(const Row &row, const Span &span) {
+  alignas(64) float a[CHUNK], b[CHUNK];
+  const bool low = row.flags & LOW;
+  const float *means = load(row.mean, span, false, a);
+  float *to = place(row.param, span, low, b);
+  const bool past = span.past && to != b && !(uintptr_t(to) % 64);
+  for (int i = 0; i < CHUNK; i += WIDTH) {
+    const F m = stream(means + i);
+    past ? put_past(m, to + i) : put(m, to + i);
+  }
+  store(to, row.param, span, low);
 }
 
 // θ → m = θ−σε, up to one rounding.
@@ -283,11 +311,12 @@ void run(const Job &job, int64_t begin, int64_t end) {
     for (int64_t c = first; c < last; c++) {
       const int64_t base = c * CHUNK - row.start % CHUNK;
       const Span span{base, base < 0 ? int(-base) : 0,
-                      row.numel - base < CHUNK ? int(row.numel - base) : CHUNK};
+                      row.numel - base < CHUNK ? int(row.numel - base) : CHUNK, job.past};
       noise.first = uint64_t(row.start / CHUNK + c) * HALF;
       const Normals *needed = noisy ? &noise : nullptr;
       switch (job.pass) {
         case SAMPLE: sample(row, s, span, needed); break;
+        case RESTORE: restore(row, span); break;
         case UNSAMPLE: unsample(row, s, span, needed); break;
         case ACCUMULATE: accumulate(row, s, span, needed); break;
         case UPDATE: update(row, s, span, needed, debias); break;
@@ -299,4 +328,7 @@ void run(const Job &job, int64_t begin, int64_t end) {
       }
     }
   }
+#ifdef X86
+  _mm_sfence();  // other threads must see what went past the caches
+#endif
 }

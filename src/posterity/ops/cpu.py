@@ -6,11 +6,12 @@ import ctypes
 import importlib.util
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
-from .fused import ROW, SETTINGS, Fused, Settings, Tensors
+from .fused import ROW, SETTINGS, Fused, Row, Settings, Tensors
 
 LEVELS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -64,7 +65,7 @@ class Cpu(Fused):
     def run(
         self,
         kind: int,
-        rows: list[bytes],
+        rows: list[Row],
         settings: Settings,
         at: Tensor,
         done: Callable[[Iterable[int]], None],
@@ -75,7 +76,7 @@ class Cpu(Fused):
         assert isinstance(library, ctypes.CDLL)
         place = (0, 0, 1) if noise is None else (noise.key, int(noise.draw) % 2**64, noise.sign)
         packed = SETTINGS.pack(*place, *map(float, settings[1:]))
-        threads, joined = torch.get_num_threads(), b"".join(rows)
+        threads, joined = torch.get_num_threads(), b"".join(starmap(ROW.pack, rows))
         try:
             library.posterity_run(kind, joined, len(rows), packed, _level(), threads)
         finally:  # an interrupt comes after the pass, which has written then

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress, repeat
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +20,14 @@ from .noise import Noise
 from .reference import floor
 
 Tensors = Sequence[Tensor]
+Row = tuple[int, ...]  # of a tensor, in the order of _cpu.cpp
 Number = float | Tensor  # a tensor where the host must not read it
 
-SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS = range(5)  # passes
+SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS, RESTORE = range(6)  # passes
 ROW = struct.Struct("=7Q4qQ")
 SETTINGS = struct.Struct("=QQ12d")  # key of the seed, number of the draw, sign, Settings
 LOW, LOW_GRAD, REGENERATE, HELD, APART = 1, 2, 4, 8, 16  # flags of a row
+NOTHING = repeat(0)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -50,20 +54,26 @@ class Flat:
     def __init__(self):
         self.copies: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, t: Tensor) -> int:
-        """The address of memory to read."""
-        if t.is_contiguous():
-            return t.data_ptr()
-        flat = t.contiguous()
-        self.copies.append((t, flat))
-        return flat.data_ptr()
+    def __call__(self, tensors: Tensors) -> list[int]:
+        """The addresses of memory to read."""
+        if all(map(Tensor.is_contiguous, tensors)):
+            return [*map(Tensor.data_ptr, tensors)]
+        flat = [t.contiguous() for t in tensors]
+        self.copies += ((t, copy) for t, copy in zip(tensors, flat, strict=True) if copy is not t)
+        return [*map(Tensor.data_ptr, flat)]
 
-    def grad(self, t: Tensor) -> tuple[int, int]:
-        """The address of a gradient, and the flag of its dtype."""
-        if t.dtype not in DTYPES or t.is_neg():
-            t = t.to(torch.float32).resolve_neg()
-            self.copies.append((t, t))
-        return self(t), LOW_GRAD * (t.dtype == torch.bfloat16)
+    def means(self, params: Tensors, means: Tensors) -> list[int]:
+        """The addresses of means; 0 where the mean's place is the parameter."""
+        apart = [m is not p for p, m in zip(params, means, strict=True)]
+        found = iter(self([*compress(means, apart)]))
+        return [next(found) if is_apart else 0 for is_apart in apart]
+
+    def grads(self, grads: Tensors) -> tuple[list[int], list[int]]:
+        """The addresses of gradients, and the flags of their dtypes."""
+        if any(g.dtype not in DTYPES or g.is_neg() for g in grads):
+            grads = [g if g.dtype in DTYPES else g.float() for g in map(Tensor.resolve_neg, grads)]
+            self.copies += ((g, g) for g in grads)
+        return self(grads), [LOW_GRAD * (g.dtype == torch.bfloat16) for g in grads]
 
     def back(self, written: Iterable[Tensor]) -> None:
         """Write back, and tell autograd what changed, which it does not see by itself."""
@@ -75,23 +85,40 @@ class Flat:
         increment_version(written)
 
 
-def row(
-    t: Tensor,
-    number: int,
-    param: int = 0,
-    mean: int = 0,
-    grad: int = 0,
-    sums: tuple[int, int] = (0, 0),
-    momentum: int = 0,
-    hess: int = 0,
-    flags: int = 0,
-    step: int = 0,
+def table(
+    like: Tensors,
+    numbers: Iterable[int] = NOTHING,
+    *,
+    param: Iterable[int] = NOTHING,
+    mean: Iterable[int] = NOTHING,
+    grad: Iterable[int] = NOTHING,
+    sums: tuple[Iterable[int], Iterable[int]] = (NOTHING, NOTHING),
+    momentum: Iterable[int] = NOTHING,
+    hess: Iterable[int] = NOTHING,
+    flags: Iterable[int] = NOTHING,
+    steps: Iterable[int] = NOTHING,
     start: int = 0,
-) -> bytes:
-    """What a pass needs to know of one tensor; addresses of 0 where it has no use for them."""
-    return ROW.pack(
-        *(param, mean, grad, *sums, momentum, hess), *(t.numel(), number, start, flags, step)
+) -> list[Row]:
+    """What a pass needs to know of each tensor; addresses of 0 where it has no use for them."""
+    sizes = map(Tensor.numel, like)
+    columns = (
+        param,
+        mean,
+        grad,
+        *sums,
+        momentum,
+        hess,
+        sizes,
+        numbers,
+        repeat(start),
+        flags,
+        steps,
     )
+    return list(zip(*columns))  # noqa: B905 (some go on for ever)
+
+
+def _low(params: Tensors) -> list[int]:
+    return [LOW * (p.dtype == torch.bfloat16) for p in params]
 
 
 def _settings(
@@ -125,7 +152,7 @@ class Fused:
     def run(
         self,
         kind: int,
-        rows: list[bytes],
+        rows: list[Row],
         settings: Settings,
         at: Tensor,
         done: Callable[[Iterable[int]], None],
@@ -135,7 +162,7 @@ class Fused:
 
         Args:
             kind: which one.
-            rows: as :func:`row` packs them.
+            rows: as :func:`table` makes them.
             settings: of their group.
             at: a tensor of the device where they are.
             done: to be told which rows have been written, also where an error follows.
@@ -146,16 +173,16 @@ class Fused:
     def _run(
         self,
         kind: int,
-        rows: list[bytes],
+        rows: list[Row],
         settings: Settings,
         flat: Flat,
         written: Sequence[Tensors],
         steps: Tensors = (),
     ) -> None:
-        """One pass, which writes ``written`` of each row and advances ``steps``."""
+        """One pass, which writes ``written``, lists of a tensor for each row."""
 
         def done(which: Iterable[int]) -> None:
-            flat.back([t for i in which for t in written[i]])
+            flat.back([column[i] for i in which for column in written])
 
         if rows:
             self.run(kind, rows, settings, written[0][0], done, steps)
@@ -170,22 +197,28 @@ class Fused:
         **width: Any,
     ):
         """θ ~ N(m, σ²); as :func:`.reference.sample`."""
-        flat, rows = Flat(), []
-        for p, m, h, number in zip(params, means, hess, noise.numbers, strict=True):
-            at = 0 if m is p else flat(m)
-            flags = LOW * (p.dtype == torch.bfloat16) | APART * (m is not p and not keep)
-            rows.append(row(p, number, param=flat(p), mean=at, hess=flat(h), flags=flags))
-        written = [(p, m) if keep else (p,) for p, m in zip(params, means, strict=True)]
+        flat = Flat()
+        at, flags = flat.means(params, means), _low(params)
+        if not keep:
+            flags = [flag | APART * (mean > 0) for flag, mean in zip(flags, at, strict=True)]
+        rows = table(
+            *(params, noise.numbers), param=flat(params), mean=at, hess=flat(hess), flags=flags
+        )
+        written = [params, means] if keep else [params]
         self._run(SAMPLE, rows, _settings(noise, **width), flat, written)
+
+    def restore(self, params: Tensors, means: Tensors):
+        """θ → m, which was kept; as :func:`.reference.restore`."""
+        flat = Flat()
+        rows = table(params, param=flat(params), mean=flat(means), flags=_low(params))
+        settings = Settings(None, ess=1.0, delta=0.0, floor=1.0)
+        self._run(RESTORE, rows, settings, flat, [params])
 
     def unsample(self, params: Tensors, hess: Tensors, noise: Noise, **width: Any):
         """θ → m up to one rounding; as :func:`.reference.unsample`."""
         flat = Flat()
-        rows = [
-            row(p, number, param=flat(p), hess=flat(h))
-            for p, h, number in zip(params, hess, noise.numbers, strict=True)
-        ]
-        self._run(UNSAMPLE, rows, _settings(noise, **width), flat, [(p,) for p in params])
+        rows = table(params, noise.numbers, param=flat(params), hess=flat(hess))
+        self._run(UNSAMPLE, rows, _settings(noise, **width), flat, [params])
 
     def accumulate(
         self,
@@ -199,25 +232,24 @@ class Fused:
         **width: Any,
     ):
         """Add a sample to the sums over samples; as :func:`.reference.accumulate`."""
-        flat, rows = Flat(), []
-        for p, total, products, grad, m, h, number in zip(
-            noise.like, grad_sums, product_sums, grads, means, hess, noise.numbers, strict=True
-        ):
-            at, flags = flat.grad(grad)
-            flags |= LOW * (p.dtype == torch.bfloat16)
-            sums = flat(total), flat(products)
-            rows.append(
-                row(total, number, mean=flat(m), grad=at, sums=sums, hess=flat(h), flags=flags)
-            )
+        flat = Flat()
+        at, flags = flat.grads(grads)
+        rows = table(
+            *(grad_sums, noise.numbers),
+            mean=flat(means),
+            grad=at,
+            sums=(flat(grad_sums), flat(product_sums)),
+            hess=flat(hess),
+            flags=map(or_, flags, _low(noise.like)),
+        )
         square = float(hess_approx == "gradsq")
         settings = _settings(noise, gradsq_scale=square, **width)
-        written = [*zip(grad_sums, product_sums, strict=True)]
-        self._run(ACCUMULATE, rows, settings, flat, written)
+        self._run(ACCUMULATE, rows, settings, flat, [grad_sums, product_sums])
 
     def _update(
         self,
         flat: Flat,
-        rows: list[bytes],
+        rows: list[Row],
         steps: Tensors,
         noise: Noise | None,
         written: Sequence[Tensors],
@@ -243,11 +275,16 @@ class Fused:
         **s,
     ):
         """Lines (2) to (6) from sums over samples; as :func:`.reference.update`."""
-        flat, rows = Flat(), []
-        for m, ghat, gd, g, h, t in zip(means, grads, products, momentum, hess, steps, strict=True):
-            sums, at = (flat(ghat), flat(gd)), {"momentum": flat(g), "hess": flat(h)}
-            rows.append(row(m, 0, param=flat(m), sums=sums, step=t.data_ptr(), **at))
-        self._update(flat, rows, steps, None, [*zip(means, momentum, hess, strict=True)], **s)
+        flat = Flat()
+        rows = table(
+            means,
+            param=flat(means),
+            sums=(flat(grads), flat(products)),
+            momentum=flat(momentum),
+            hess=flat(hess),
+            steps=map(Tensor.data_ptr, steps),
+        )
+        self._update(flat, rows, steps, None, [means, momentum, hess], **s)
 
     def step(
         self,
@@ -262,26 +299,23 @@ class Fused:
         **s,
     ):
         """Lines (2) to (6) from one sample, in one pass; as :func:`.reference.step`."""
-        flat, rows, written = Flat(), [], []
-        for p, m, ghat, g, h, t, number in zip(
-            params, means, grads, momentum, hess, steps, noise.numbers, strict=True
-        ):
-            grad, flags = flat.grad(ghat)
-            low = p.dtype == torch.bfloat16
-            if low:
-                flags |= LOW
-            elif live:
-                flags |= REGENERATE if m is p else HELD
-            at = flat(p), 0 if m is p else flat(m), grad, 0, 0, flat(g), flat(h)
-            rows.append(ROW.pack(*at, p.numel(), number, 0, flags, t.data_ptr()))
-            written.append((p, g, h, m) if low else (p, g, h))
-        self._update(flat, rows, steps, noise, written, **s)
+        flat = Flat()
+        at, (grad, flags), low = flat.means(params, means), flat.grads(grads), _low(params)
+        held = [0 if not live else HELD if mean else REGENERATE for mean in at]
+        rows = table(
+            *(params, noise.numbers),
+            param=flat(params),
+            mean=at,
+            grad=grad,
+            momentum=flat(momentum),
+            hess=flat(hess),
+            flags=[flag | (low or held) for flag, low, held in zip(flags, low, held, strict=True)],
+            steps=map(Tensor.data_ptr, steps),
+        )
+        self._update(flat, rows, steps, noise, [params, means, momentum, hess], **s)
 
     def normals(self, noise: Noise, outs: Tensors, start: int = 0) -> None:
         """Write the draw's normals, from element ``start`` on, into contiguous float32 tensors."""
-        rows = [
-            row(out, number, hess=out.data_ptr(), start=start)
-            for out, number in zip(outs, noise.numbers, strict=True)
-        ]
+        rows = table(outs, noise.numbers, hess=map(Tensor.data_ptr, outs), start=start)
         settings = _settings(noise, ess=1.0, hess_init=1.0, weight_decay=0.0)
-        self._run(NORMALS, rows, settings, Flat(), [(out,) for out in outs])
+        self._run(NORMALS, rows, settings, Flat(), [outs])

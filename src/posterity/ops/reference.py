@@ -42,6 +42,12 @@ def sample(
         p.copy_(m + perturbation(h, e, **width))
 
 
+def restore(params: Tensors, means: Tensors):
+    """θ → m, which was kept."""
+    for p, m in zip(params, means, strict=True):
+        p.copy_(m)
+
+
 def unsample(params: Tensors, hess: Tensors, noise: Noise, **width: float):
     """θ → m up to one rounding, where no copy of the mean was kept."""
     for p, h, e in zip(params, hess, noise, strict=True):

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import fused
-from .fused import ROW, SETTINGS, Fused, Settings, Tensors
+from .fused import ROW, SETTINGS, Fused, Row, Settings, Tensors
 from .noise import CHUNK
 
 DRAW, NUMBERS = 1, 3  # words of the header
@@ -292,10 +292,14 @@ class Triton(Fused):
 
     name = "fused CUDA (Triton)"
 
+    def restore(self, params: Tensors, means: Tensors):
+        """θ → m; torch's own copy is one launch too."""
+        torch._foreach_copy_(list(params), list(means))  # pyright: ignore
+
     def run(
         self,
         kind: int,
-        rows: list[bytes],
+        rows: list[Row],
         settings: Settings,
         at: Tensor,
         done: Callable[[Iterable[int]], None],
@@ -303,7 +307,7 @@ class Triton(Fused):
     ) -> None:
         """One launch for the rows of each kind of memory: one in all, if their dtypes are alike."""
         alike: dict[tuple[int, bool, bool, bool], list[int]] = defaultdict(list)
-        unpacked = [list(ROW.unpack(row)) for row in rows]
+        unpacked = [*map(list, rows)]
         for i, row in enumerate(unpacked):
             aligned = not (any(a % 16 for a in row[:NUMEL]) or row[NUMEL] % 4 or row[START] % 4)
             if row[NUMEL]:
