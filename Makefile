@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-gpu docs clean
+.PHONY: help demo test test-all lint bench bench-gpu docs clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile
@@ -11,8 +11,11 @@ help:  ## what there is
 demo: .venv/studies  ## train on Fashion-MNIST with AdamW, SGD and IVON, compare, write the report
 	@$(BIN)/posterity compare fashion-mnist --out runs/fashion-mnist
 
-test: .venv/dev lint  ## lint, types, all tests and doctests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test: .venv/dev lint  ## lint, types, tests and doctests, but for those of `make test-all`
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: .venv/dev  ## the tests that take several processes or a whole framework
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: .venv/dev  ## format, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -52,18 +52,6 @@ def data_parallel(rank: int, way: str, **settings) -> dict[str, list]:
     return {name: value.double().tolist() for name, value in bits(model.layers, opt).items()}
 
 
-def sharded() -> str:
-    from torch.distributed.fsdp import fully_shard
-
-    model = network()
-    fully_shard(model)
-    try:
-        IVON(model.parameters(), **LR)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
@@ -73,10 +61,6 @@ def work(rank: int, folder: str) -> None:
         for name, settings in SETTINGS.items()
         for way in WAYS
     }
-    try:
-        found["sharded"] = sharded()
-    except ImportError:  # before torch 2.6
-        found["sharded"] = None
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ BOUND, WIDTH = 7.0, 1e-3  # of the histogram
 
 def drawn(n, start=0, seed=1, draw=0, number=0):
     out = [torch.empty(n)]
-    cpu.passes.normals(noise.Noise(seed, draw, 1, [number], out), out, start)
+    cpu.passes.normals(noise.Noise(seed, draw, 1, [number], out, [[(start, len(out[0]))]]), out)
     return out[0]
 
 

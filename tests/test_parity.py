@@ -72,8 +72,9 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def noise_of(like, sign=1, draw=5):
-    return noise.Noise(7, draw, sign, [3 * i + 1 for i in range(len(like))], like)
+def noise_of(like, sign=1, draw=5, start=0):
+    pieces = [[(start, t.numel())] for t in like]
+    return noise.Noise(7, draw, sign, [3 * i + 1 for i in range(len(like))], like, pieces)
 
 
 def drawn(ops, sizes, draw=5, sign=1):
@@ -119,9 +120,9 @@ def test_thread_count_and_company_change_no_bit(ops):
 def test_any_slice_is_the_same_bits(start, ops):
     whole = [torch.empty(2000, device=device(ops))]
     base = start // 256 * 256
-    ops.normals(noise_of(whole), whole, base)
+    ops.normals(noise_of(whole, start=base), whole)
     part = [torch.full((900,), math.nan, device=device(ops))]
-    ops.normals(noise_of(part), part, start)
+    ops.normals(noise_of(part, start=start), part)
     assert torch.equal(part[0], whole[0][start - base :][:900])
 
 
@@ -197,7 +198,8 @@ def test_what_goes_past_the_caches_is_the_same(offset, level, threads):
     mean, hess = torch.full((numel + offset,), math.nan)[offset:], torch.ones(numel)
     start, e = p.clone(), torch.empty(numel)
     for i in range(0, numel, 1 << 20):  # each piece is small
-        cpu.passes.normals(noise_of([p]), [e[i : i + (1 << 20)]], i)
+        piece = [e[i : i + (1 << 20)]]
+        cpu.passes.normals(noise_of(piece, start=i), piece)
     cpu.passes.sample([p], [mean], [hess], noise_of([p]), True, **WIDTH)
     theta = start + e * (WIDTH["ess"] * (1 + WIDTH["weight_decay"])) ** -0.5
     torch.testing.assert_close(p, theta, rtol=1e-6, atol=1e-7)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .distributed import is_sharded
 from .groups import Group
 from .sampling import SUMS, Window
 
@@ -19,7 +20,7 @@ def add_window(saved: dict[str, Any], window: Window) -> None:
     if draw is None:
         return
     first = saved["param_groups"][0]
-    counters = {"draws": first["draws"] - int(draw.sign > 0)}
+    counters = {"draws": first["draws"] - draw.counted}
     if draw.way == "context" and not draw.live:  # held by reference; any others are sums already
         counters = {}
         for slot, sums in window.contribution():
@@ -53,4 +54,10 @@ def check(groups: list[Group], loaded: dict[str, Any]) -> None:
                 raise ValueError(
                     f"{name} of parameter {number} has shape {tuple(state[name].shape)} in the "
                     f"checkpoint, but the parameter has {tuple(p.shape)}"
+                )
+            if is_sharded(state[name]) != is_sharded(p):
+                raise ValueError(
+                    f"{name} of parameter {number} is {'whole' if is_sharded(p) else 'sharded'} in "
+                    f"the checkpoint, the parameter {'sharded' if is_sharded(p) else 'whole'}: "
+                    "load it by set_optimizer_state_dict of torch.distributed.checkpoint.state_dict"
                 )

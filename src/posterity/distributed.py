@@ -1,24 +1,158 @@
-"""What ranks of a process group must share."""
+"""Ranks: what they must share, which part of a tensor is theirs, and a sample for each."""
 
-from __future__ import annotations
+import gc
+import math
+import weakref
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import GradBucket  # pyright: ignore
+
+Pieces = Sequence[tuple[int, int]]  # first row-major index and length of each contiguous part
 
 
 def alone() -> bool:
     """Whether there are no other ranks to agree with."""
-    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    return world() == 1
 
 
-def broadcast(words: list[int], device: torch.device) -> list[int]:
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return 0 if alone() else dist.get_rank()
+
+
+def broadcast(words: list[int]) -> list[int]:
     """Rank 0's integers on every rank."""
-    message = torch.tensor(words, dtype=torch.int64, device=device)
-    dist.broadcast(message, src=0)
-    return message.tolist()
+    message: list[Any] = [words]
+    dist.broadcast_object_list(message, src=0)  # finds the device that the backend needs
+    return message[0]
 
 
-def is_sharded(p: Tensor) -> bool:
-    """Whether a parameter is a DTensor (told by its face: importing the class takes seconds)."""
-    return hasattr(p, "device_mesh")
+def is_sharded(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor (told by its face: importing the class takes seconds)."""
+    return type(t) is not nn.Parameter and type(t) is not Tensor and hasattr(t, "device_mesh")
+
+
+@torch.no_grad()
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor: its memory; any other tensor itself."""
+    return t.to_local() if is_sharded(t) else t  # pyright: ignore
+
+
+def like(values: Tensor, t: Tensor) -> Tensor:
+    """This rank's values as a tensor of the same parts as ``t``."""
+    if not is_sharded(t):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    where = t.device_mesh, t.placements  # pyright: ignore
+    return DTensor.from_local(values, *where, run_check=False, shape=t.shape, stride=t.stride())
+
+
+@torch.no_grad()
+def whole(t: Tensor) -> Tensor:
+    """A tensor from the parts of all ranks, which must all call this."""
+    return t.full_tensor() if is_sharded(t) else t  # pyright: ignore
+
+
+def pieces(p: Tensor) -> Pieces | None:
+    """Where this rank's part of a DTensor lies in the whole; None for any other tensor.
+
+    Raises:
+        ValueError: a placement other than Shard and Replicate.
+    """
+    if not is_sharded(p):
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = p.device_mesh, p.placements  # pyright: ignore
+    if any(type(placement) not in (Replicate, Shard) for placement in placements):
+        raise ValueError(
+            f"IVON knows the placements Shard and Replicate; a parameter of global shape "
+            f"{tuple(p.shape)} has {placements}. For tensor parallelism inside FSDP, shard "
+            "another dimension: fully_shard(..., shard_placement_fn=...)"
+        )
+    shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
+    return boxes(tuple(p.shape), tuple(shape), tuple(offset))
+
+
+def boxes(whole: Sequence[int], shape: Sequence[int], offset: Sequence[int]) -> Pieces:
+    """The contiguous parts of a box in a row-major tensor.
+
+    >>> boxes((4, 6), (2, 6), (2, 0))
+    [(12, 12)]
+    >>> boxes((4, 6), (4, 3), (0, 3))
+    [(3, 3), (9, 3), (15, 3), (21, 3)]
+    """
+    if not math.prod(shape):
+        return [(0, 0)]
+    cut = max((d for d in range(len(whole)) if shape[d] != whole[d]), default=0)
+    strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
+    length = math.prod(shape[cut:])
+    first = sum(o * s for o, s in zip(offset, strides, strict=True))
+    outer = product(*(range(n) for n in shape[:cut]))
+    return [(first + sum(map(int.__mul__, at, strides)), length) for at in outer]
+
+
+class _Gathered:
+    """The modules of FSDP2, which may hold whole parameters that a write to a shard misses.
+
+    After a forward pass without a backward pass the root stays gathered.
+    """
+
+    def __init__(self):
+        self.modules: list[weakref.ref[Any]] = []
+
+    def find(self) -> None:
+        """Look for modules: they are wrapped before the optimizer is built, and not known to it."""
+        from torch.distributed.fsdp import FSDPModule
+
+        found = [o for o in gc.get_objects() if issubclass(type(o), FSDPModule)]
+        self.modules = [weakref.ref(module) for module in found]
+
+    def free(self) -> None:
+        """Let the next forward pass gather anew."""
+        for ref in self.modules:
+            if (module := ref()) is not None:
+                module.reshard()
+
+
+gathered = _Gathered()
+
+
+def reduce_per_rank(optimizer: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """The hook of DistributedDataParallel that ``samples="per_rank"`` needs.
+
+    Every rank draws a sample of its own, so W ranks are W Monte Carlo samples. The estimator of
+    the Hessian needs each rank's own gradient beside its own sample, before gradients are
+    averaged: this hook averages both, gradient and product, in one message for each bucket, while
+    the backward pass goes on. They are twice the words of plain data parallelism.
+
+    Example::
+
+        ddp = DistributedDataParallel(model)
+        opt = IVON(ddp.parameters(), lr, ess=ess, samples="per_rank")
+        ddp.register_comm_hook(opt, posterity.reduce_per_rank)
+    """
+    buffer = bucket.buffer()
+    window = optimizer._window
+    sums = window.rank_sums(bucket.parameters(), bucket.gradients())
+    work = dist.all_reduce(sums, async_op=True)
+    assert work is not None
+
+    def share(_: Any) -> Tensor:
+        sums.div_(world())
+        window.keep_products(bucket.parameters(), sums[1])
+        return buffer.copy_(sums[0])
+
+    return work.get_future().then(share)

@@ -58,11 +58,11 @@ def count(groups: list[Group], name: str, by: int = 1) -> int | Tensor:
     return before
 
 
-def agree(groups: list[Group], device: torch.device) -> None:
+def agree(groups: list[Group]) -> None:
     """Take over rank 0's counters."""
     names = ("seed", "draws", "eval_draws")
     own = [int(groups[0][name]) for name in names]
-    groups[0].update(zip(names, distributed.broadcast(own, device), strict=True))
+    groups[0].update(zip(names, distributed.broadcast(own), strict=True))
     share_counters(groups)
 
 
@@ -88,12 +88,17 @@ def check(group: Group) -> None:
         "0 <= seed < 2**63": 0 <= group["seed"] < 2**63,
         "a whole mc_samples >= 1": group["mc_samples"] >= 1 and group["mc_samples"] % 1 == 0,
         'hess_approx "price" or "gradsq"': group["hess_approx"] in ("price", "gradsq"),
-        'samples="shared" (this version has no other)': group["samples"] == "shared",
+        'samples "shared" or "per_rank"': group["samples"] in ("shared", "per_rank"),
         'a finite gradsq_scale > 0 with hess_approx="gradsq" (for a mean over a batch of B: B)': (
             0 < scale < math.inf
         ),
         "an even mc_samples with antithetic=True": (
-            not group["antithetic"] or group["mc_samples"] % 2 == 0
+            not group["antithetic"]
+            or group["mc_samples"] % 2 == 0
+            or group["samples"] == "per_rank"  # where ranks are the pairs
+        ),
+        'store_mean=True with samples="per_rank" (each rank would round the mean by itself)': (
+            group["store_mean"] or group["samples"] == "shared"
         ),
     }
     for rule, holds in rules.items():
@@ -115,10 +120,10 @@ def check_trainable(p: Tensor, group: Group) -> None:
             "IVON got a parameter on the meta device, which has no values: materialise the model "
             "(model.to_empty(device=...)) before building the optimizer"
         )
-    if distributed.is_sharded(p):
+    if distributed.pieces(p) is not None and group["samples"] == "per_rank":
         raise ValueError(
-            f"IVON got a sharded parameter (DTensor, global shape {tuple(p.shape)}): this version "
-            "trains whole parameters only (DistributedDataParallel, not FSDP2)"
+            f'samples="per_rank" with a sharded parameter (global shape {tuple(p.shape)}): its '
+            'parts are one replica, which has one sample. Use samples="shared"'
         )
     if low_precision(p) and not group["store_mean"]:
         raise ValueError(

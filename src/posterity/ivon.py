@@ -16,7 +16,7 @@ from . import checkpoint, distributed, groups, ops
 from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
-from .sampling import Draw, Slot, Window, mean_at_rest, params_of, state_of
+from .sampling import Draw, Slot, Window, forget_copies, mean_at_rest, params_of, state_of
 
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
@@ -64,7 +64,9 @@ class IVON(Optimizer):
             reference; ``opt.implementation`` says what runs.
         store_mean: keep a copy of the mean while a sample stands in the parameters. False
             regenerates the noise instead and restores the mean to within one rounding.
-        samples: "shared": all ranks of a process group draw the same sample.
+        samples: "shared": all ranks of a process group draw the same sample. "per_rank": each
+            rank of DistributedDataParallel draws its own, so that W ranks are W Monte Carlo
+            samples; it needs the hook :func:`posterity.reduce_per_rank`.
         capturable: keep step and draw counters on the parameters' device, for CUDA graphs.
         seed: of the noise, 64 bits; None takes one from torch's global generator.
 
@@ -198,14 +200,17 @@ class IVON(Optimizer):
         on = p.device if group["capturable"] else torch.device("cpu")
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+            shape = distributed.local(p).shape
             for name, value in (("momentum", 0.0), ("hess", group["hess_init"])):
                 # row-major, as the passes go: a channels-last parameter alone is then copied
-                state[name] = torch.full(p.shape, value, dtype=dtype, device=p.device)
+                values = torch.full(shape, value, dtype=dtype, device=p.device)
+                state[name] = distributed.like(values, p)
         if low_precision(p) != ("mean" in state):
             groups.check_trainable(p, group)
             state.pop("mean", None)
             if low_precision(p):
-                state["mean"] = p.detach().to(dtype, memory_format=torch.contiguous_format)
+                values = distributed.local(p).to(dtype, memory_format=torch.contiguous_format)
+                state["mean"] = distributed.like(values.detach(), p)
         if state["hess"].device != p.device or state["hess"].dtype != dtype:
             for name in state.keys() & checkpoint.SHAPED:
                 state[name] = state[name].to(p.device, dtype)
@@ -282,15 +287,25 @@ class IVON(Optimizer):
         slots, whole = self._slots(), self._whole  # first: the parameters may have moved
         self._close(last=False)
         if slots and not self._agreed and not distributed.alone():
-            groups.agree(self.param_groups, slots[0].param.device)
+            groups.agree(self.param_groups)
             self._agreed = True
         groups.share_counters(self.param_groups)  # on the parameters' device: they may have moved
         if whole["pending"]:  # each sample of several starts from zero gradients
             for slot in slots:
                 slot.param.grad = None
-        mirrored = whole["antithetic"] and whole["pending"] % 2 == 1
-        number = whole["draws"] - 1 if mirrored else groups.count(self.param_groups, "draws")
-        draw = Draw(whole["seed"], number, -1 if mirrored else 1, way)
+        own = whole["samples"] == "per_rank" and not distributed.alone()
+        ranks, rank = (distributed.world(), distributed.rank()) if own else (1, 0)
+        pairs = 2 if whole["antithetic"] else 1
+        if own and ranks % pairs:
+            raise RuntimeError("antithetic=True with samples='per_rank' needs an even world size")
+        of_step = whole["pending"] * ranks + rank  # this sample among all of the step
+        mirrored = of_step % pairs == 1
+        counted = ranks // pairs if own else int(not mirrored)
+        number = groups.count(self.param_groups, "draws", counted) + rank // pairs
+        if mirrored and not own:
+            number = number - 1
+        draw = Draw(whole["seed"], number, -1 if mirrored else 1, way, counted)
+        draw.products = {} if own else None
         self._window.open(draw, slots, whole["store_mean"])
 
     def _guard_capture(self) -> None:
@@ -414,7 +429,8 @@ class IVON(Optimizer):
             return None
         draw = self._window.draw
         self._slots()  # the parameters may have moved since the sample was drawn
-        if self._whole["pending"] or draw is None or draw.outdated:  # from the sums over samples
+        several = self._whole["pending"] or draw is None or draw.products is not None
+        if several or (draw is not None and draw.outdated):  # from the sums over samples
             self._close(last=True, checked=scale is not None)
             slots = [s for s in self._slots() if "grad_sum" in s.state]
             draw, grads = None, state_of(slots, "grad_sum")
@@ -445,9 +461,9 @@ class IVON(Optimizer):
                 means = [mean_at_rest(s) for s in run]
                 sums = state_of(run, "grad_sum"), state_of(run, "product_sum")
                 implementation.update(means, *sums, momentum, hess, steps, **settings)
-                for slot, mean in zip(run, means, strict=True):
-                    if low_precision(slot.param):
-                        slot.param.copy_(mean)
+                for p, mean in zip(params, means, strict=True):
+                    if low_precision(p):
+                        p.copy_(mean)
             else:
                 means = [draw.source(s, p) for s, p in zip(run, params, strict=True)]
                 grads = [given[s.number] for s in run]
@@ -462,7 +478,7 @@ class IVON(Optimizer):
                     draw.forget([s for s, p, version in versions if p._version != version])
             for slot in run:
                 slot.state.pop("rounded", None)
-        torch.clear_autocast_cache()
+        forget_copies()
         return None
 
     @torch.no_grad()
@@ -474,7 +490,7 @@ class IVON(Optimizer):
         """Allow the step without a sample that distributed checkpointing makes to get a state."""
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         learns = any(group["lr"] != 0 for group in self.param_groups)
-        if self.state or learns or any(grad.any() for grad in grads):
+        if self.state or learns or any(distributed.local(grad).any() for grad in grads):
             raise RuntimeError(NO_SAMPLE)
         self._slots()
 
@@ -565,12 +581,14 @@ class IVON(Optimizer):
                 module, buffers and untrained parameters come along, so that a saved posterior can
                 predict in a new process.
 
-        Before the first step the Hessian is ``hess_init``.
+        Before the first step the Hessian is ``hess_init``. Of sharded parameters every rank gets
+        the whole, so every rank must call this.
 
         Raises:
             ValueError: a trained parameter is not the model's.
         """
         buffers: dict[str, Tensor] = {}
+        distributed.gathered.free()  # the model may hold whole parameters in place of its shards
         if isinstance(model, nn.Module):
             buffers.update(model.named_buffers())
             named = model.named_parameters()
@@ -584,8 +602,8 @@ class IVON(Optimizer):
                 continue
             name, width = names.pop(slot.param), slot.width
             ess = width.pop("ess")
-            mean[name] = self._window.mean(slot)
-            precision[name] = curvature(slot.state["hess"], **width) * ess
+            mean[name] = distributed.whole(distributed.like(self._window.mean(slot), slot.param))
+            precision[name] = distributed.whole(curvature(slot.state["hess"], **width)) * ess
             prior[name] = torch.as_tensor(ess * width["weight_decay"], dtype=mean[name].dtype)
         if strangers:
             raise ValueError(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import distributed
+from .distributed import local
 from .groups import Group, low_precision
 from .ops import Ops, choose
 from .ops.noise import Noise
@@ -22,16 +24,31 @@ CHANGED = (
     "unscale and accumulate inside `with opt.sampled_params(train=True):`; only with a single "
     "sample before step() do changes in place after it count too."
 )
+PER_RANK = (
+    'samples="per_rank" found no products of the ranks: wrap the model in DistributedDataParallel '
+    "and call `ddp.register_comm_hook(opt, posterity.reduce_per_rank)`"
+)
+TWICE = (
+    'samples="per_rank": a second backward pass with this sample would average its gradients '
+    "twice: run all but the last inside `with ddp.no_sync():`"
+)
 
 
 class Slot:
     """A parameter, its group, its state, and its number: the third word of its noise."""
 
-    __slots__ = ("dtype", "group", "number", "param", "state")
+    __slots__ = ("dtype", "group", "number", "param", "pieces", "state")
 
     def __init__(self, param: Tensor, group: Group, state: dict[str, Any], number: int):
         self.param, self.group, self.state, self.number = param, group, state, number
-        self.dtype = param.dtype
+        self.dtype, self.pieces = param.dtype, distributed.pieces(param)
+        if self.pieces is not None:
+            distributed.gathered.find()
+
+    @property
+    def values(self) -> Tensor:
+        """What all passes work on: this rank's part of a DTensor, else the parameter itself."""
+        return self.param if self.pieces is None else local(self.param)
 
     def fits(self, p: Tensor, group: Group) -> bool:
         """Whether this is still that parameter in that group, where and as it was."""
@@ -53,10 +70,10 @@ class Slot:
 
 def mean_at_rest(slot: Slot) -> Tensor:
     """The mean in the state's precision, of a parameter that no sample stands in."""
-    p = slot.param.detach()
+    p = slot.values
     if not low_precision(p):
         return p
-    mean = slot.state["mean"]  # someone may have loaded other weights since: theirs count
+    mean = local(slot.state["mean"])  # someone may have loaded other weights since: theirs count
     return mean.copy_(torch.where(mean.to(p.dtype) == p, mean, p.to(mean.dtype)))
 
 
@@ -73,13 +90,13 @@ def runs(slots: Iterable[Slot]) -> Runs:
 
 
 def params_of(slots: list[Slot]) -> list[Tensor]:
-    """The slots' parameters."""
-    return [s.param for s in slots]
+    """The memory of the slots' parameters."""
+    return [s.values for s in slots]
 
 
 def state_of(slots: list[Slot], name: str) -> list[Tensor]:
-    """One tensor of each slot's state."""
-    return [s.state[name] for s in slots]
+    """One tensor of each slot's state, its memory."""
+    return [s.state[name] if s.pieces is None else local(s.state[name]) for s in slots]
 
 
 class Draw:
@@ -91,9 +108,11 @@ class Draw:
     every sample keeps its mean: it is rounded once a step at most.
     """
 
-    def __init__(self, seed: int, number: int | Tensor, sign: int, way: str):
+    def __init__(self, seed: int, number: int | Tensor, sign: int, way: str, counted: int = 0):
         self.seed, self.number, self.sign = seed, number, sign
         self.way = way  # "context" or "train": who drew it
+        self.counted = counted  # by how much it advanced the number of draws
+        self.products: dict[int, Tensor] | None = None  # averaged over ranks, if each has its own
         self.slots: dict[int, Slot] = {}  # by number, as are means and held
         self.live = False
         self.drawn: dict[int, tuple[Slot, dict[str, Any]]] = {}  # σ's settings then, by group
@@ -102,12 +121,14 @@ class Draw:
 
     def noise(self, slots: list[Slot]) -> Noise:
         """The draw's standard normals for these slots."""
-        numbers, like = [s.number for s in slots], params_of(slots)
-        return Noise(self.seed, self.number, self.sign, numbers, like)
+        numbers, like, pieces = [s.number for s in slots], params_of(slots), None
+        if any(s.pieces is not None for s in slots):
+            pieces = [s.pieces for s in slots]
+        return Noise(self.seed, self.number, self.sign, numbers, like, pieces)
 
     def enter(self, runs: Runs, store_mean: bool, spare: Spare) -> None:
         """Put θ into the parameters of ``runs`` and take them up; ``spare`` holds old means."""
-        torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights
+        forget_copies()
         self.live = True
         try:
             for ops, run in runs:
@@ -155,7 +176,7 @@ class Draw:
         if self.live and not low_precision(param):
             return self._kept(slot) if slot.number in self.means else param
         if self.live:
-            return slot.state["mean"]
+            return local(slot.state["mean"])
         return mean_at_rest(slot) if low_precision(param) else param
 
     def forget(self, slots: list[Slot]) -> None:
@@ -180,42 +201,48 @@ class Draw:
                 ops.restore(params_of(kept), [self.mean(s) for s in kept])
             if not lost:
                 continue
-            params, before = params_of(lost), [s.param._version for s in lost]
-            width = self.width(lost[0])
+            params, width = params_of(lost), self.width(lost[0])
+            before = [p._version for p in params]
             try:
                 ops.unsample(params, state_of(lost, "hess"), self.noise(lost), **width)
             finally:  # after an interrupt too: nothing is restored twice
-                for s, version in zip(lost, before, strict=True):
-                    if s.param._version != version:
+                for s, p, version in zip(lost, params, before, strict=True):
+                    if p._version != version:
                         s.state["rounded"] = True
-                        self.means[s.number] = s.param
+                        self.means[s.number] = p
         self.means, self.live = {}, False
-        torch.clear_autocast_cache()
+        forget_copies()
 
     def _kept(self, slot: Slot) -> Tensor:
-        p = slot.param
+        p = slot.values
         return self.means[slot.number].to(p.device, p.dtype)  # it may have moved since
 
     def mean(self, slot: Slot) -> Tensor:
         """The mean while the sample is live."""
-        p = slot.param
+        p = slot.values
         if slot.number not in self.slots:
             return mean_at_rest(slot)
         if low_precision(p):
-            return slot.state["mean"]
+            return local(slot.state["mean"])
         if slot.number in self.means:
             return self._kept(slot)
         mean = p.detach().clone()
         width = self.width(slot)
-        slot.ops.unsample([mean], [slot.state["hess"]], self.noise([slot]), **width)
+        slot.ops.unsample([mean], state_of([slot], "hess"), self.noise([slot]), **width)
         return mean
+
+
+def forget_copies() -> None:
+    """Free the copies of the weights that autocast (in low precision) and FSDP2 (whole) keep."""
+    torch.clear_autocast_cache()
+    distributed.gathered.free()
 
 
 def _room(spare: Spare, slot: Slot) -> Tensor:
     """Memory for a parameter's mean, kept between steps: fresh pages cost more than the pass."""
     owner, room = spare.get(slot.number, (None, slot.param))
     if owner is not slot:
-        p = slot.param
+        p = slot.values
         room = torch.empty(p.shape, dtype=p.dtype, device=p.device)  # row-major
         spare[slot.number] = slot, room
     return room
@@ -267,7 +294,7 @@ class Window:
         self.aside = means
         try:
             with torch.no_grad():
-                torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights
+                forget_copies()
                 for ops, run in self.runs(slots):
                     mine = [means[s.number] for s in run]
                     hess, noise = state_of(run, "hess"), draw.noise(run)
@@ -278,7 +305,7 @@ class Window:
                 for p, value in standing:
                     p.copy_(value)
             self.aside = {}
-            torch.clear_autocast_cache()
+            forget_copies()
 
     def open(self, draw: Draw, slots: list[Slot], store_mean: bool) -> None:
         """Begin a sample."""
@@ -335,7 +362,7 @@ class Window:
         for slot in slots:
             if SUMS[0] not in slot.state:
                 slot.state.update(_no_sums(slot))
-        self._accumulate(slots, grads, [s.state for s in slots])
+        self._add(slots, grads, [s.state for s in slots])
         for slot in again:
             if slot.param.grad is not None:  # GradScaler must see any sample's overflow
                 for name in SUMS:
@@ -350,7 +377,7 @@ class Window:
         sealed, self.sealed = self.sealed, []
         for p, grad, version in sealed:
             same = p.grad is grad and (grad is None or grad._version <= version + allowed)
-            if not same and p.grad is not None and p.grad.any():
+            if not same and p.grad is not None and local(p.grad).any():
                 raise RuntimeError(CHANGED)
 
     def gradients(self, *, last: bool, checked: bool = False) -> tuple[list[Slot], list[Tensor]]:
@@ -364,7 +391,7 @@ class Window:
             grad = p.grad
             if draw.way == "context":
                 held, version = draw.held.get(number, (None, 0))
-                replaced = grad is not None and grad is not held and bool(grad.any())
+                replaced = grad is not None and grad is not held and bool(local(grad).any())
                 if replaced or (not last and held is not None and held._version != version):
                     raise RuntimeError(CHANGED)
                 grad = held
@@ -381,7 +408,7 @@ class Window:
                     f"{tuple(p.shape)} got a {grad.layout} one: pass sparse=False to nn.Embedding"
                 )
             slots.append(slot)
-            grads.append(grad)
+            grads.append(grad if slot.pieces is None else local(grad))
         return slots, grads
 
     def contribution(self) -> Iterator[tuple[Slot, dict[str, Any]]]:
@@ -389,23 +416,74 @@ class Window:
         slots, grads = self.gradients(last=True)
         for slot, grad in zip(slots, grads, strict=True):  # one at a time: little memory
             sums = _no_sums(slot)
-            self._accumulate([slot], [grad], [sums])
+            self._add([slot], [grad], [sums])
             yield slot, sums
 
-    def _accumulate(
-        self, slots: list[Slot], grads: list[Tensor], sums: list[dict[str, Any]]
-    ) -> None:
+    def _add(self, slots: list[Slot], grads: list[Tensor], sums: list[dict[str, Any]]) -> None:
         """Add the latest sample to the sums of each parameter."""
+        assert self.draw is not None
+        totals, products = ([local(s[name]) for s in sums] for name in SUMS)
+        if (known := self.draw.products) is None:
+            self._accumulate(slots, grads, totals, products)
+            return
+        for slot, grad, total, product in zip(slots, grads, totals, products, strict=True):
+            if slot.number not in known:
+                raise RuntimeError(PER_RANK)
+            total += grad
+            product += known[slot.number]
+
+    def rank_sums(self, params: list[Tensor], grads: list[Tensor]) -> Tensor:
+        """This rank's gradients and their products with its own sample, two rows."""
+        draw = self.draw
+        if draw is None or draw.products is None or not draw.live:
+            raise RuntimeError(
+                "posterity.reduce_per_rank is for backward passes at a training sample of "
+                'IVON(..., samples="per_rank")'
+            )
+        dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+        sizes = [g.numel() for g in grads]
+        sums = torch.zeros(2, sum(sizes), dtype=dtype, device=grads[0].device)
+        places = {id(s.param): s for s in draw.slots.values()}
+        known = []
+        rows = (row.split(sizes) for row in sums)
+        for p, grad, total, product in zip(params, grads, *rows, strict=True):
+            if (slot := places.get(id(p))) is None:  # not trained by this optimizer
+                total += grad.flatten()
+                continue
+            if slot.number in draw.products:
+                raise RuntimeError(TWICE)
+            known.append((slot, grad.view(p.shape), total.view(p.shape), product.view(p.shape)))
+        if known:
+            self._accumulate(*map(list, zip(*known, strict=True)))
+        return sums
+
+    def keep_products(self, params: list[Tensor], products: Tensor) -> None:
+        """The averages over ranks of the second row of :meth:`rank_sums`."""
+        if self.draw is None or self.draw.products is None:
+            return
+        places = {id(s.param): s.number for s in self.draw.slots.values()}
+        for p, product in zip(params, products.split([p.numel() for p in params]), strict=True):
+            if id(p) in places:
+                self.draw.products[places[id(p)]] = product.view(p.shape)
+
+    def _accumulate(
+        self,
+        slots: list[Slot],
+        grads: list[Tensor],
+        totals: list[Tensor],
+        products: list[Tensor],
+    ) -> None:
+        """Add gradients at the latest sample, and their products with θ−m, to sums."""
         assert self.draw is not None
         place = {s.number: i for i, s in enumerate(slots)}
         for ops, run in runs(slots):
             at = [place[s.number] for s in run]
-            totals, products = ([sums[i][name] for i in at] for name in SUMS)
             mine, means = [grads[i] for i in at], [self.mean(s) for s in run]
+            sums = [totals[i] for i in at], [products[i] for i in at]
             hess, approx = state_of(run, "hess"), run[0].group["hess_approx"]
             noise = self.draw.noise(run)
             width = self.draw.width(run[0])
-            ops.accumulate(totals, products, mine, means, hess, noise, approx, **width)
+            ops.accumulate(*sums, mine, means, hess, noise, approx, **width)
 
 
 def _no_sums(slot: Slot) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_sharded, local, pieces
 from . import cpu, fused, noise, reference
 
 __all__ = ["Ops", "choose", "cpu", "describe", "fused", "noise", "reference"]
@@ -30,8 +31,12 @@ def _triton() -> fused.Fused | str:
 
 
 @cache
-def _fused(kind: type, dtype: torch.dtype, device: str, capturable: bool) -> fused.Fused | str:
+def _fused(
+    kind: type, dtype: torch.dtype, device: str, capturable: bool, scattered: bool
+) -> fused.Fused | str:
     """The fused implementation for a kind of parameter, or why there is none."""
+    if scattered:
+        return "a part that is sharded along another dimension than the first has no fused pass"
     if kind not in (Tensor, nn.Parameter):  # its values may be elsewhere
         return f"there is no fused pass for {kind.__name__}"
     if dtype not in fused.DTYPES:
@@ -43,6 +48,11 @@ def _fused(kind: type, dtype: torch.dtype, device: str, capturable: bool) -> fus
     if capturable:
         return "the host does not read counters that a graph can capture"
     return cpu.missing() or cpu.passes
+
+
+def _best(p: Tensor, capturable: bool) -> fused.Fused | str:
+    scattered = is_sharded(p) and len(pieces(p) or ()) > 1
+    return _fused(type(local(p)), p.dtype, p.device.type, capturable, scattered)
 
 
 def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> Ops:
@@ -59,7 +69,7 @@ def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> Ops:
     """
     if fused is False:
         return reference
-    found = _fused(type(p), p.dtype, p.device.type, capturable)
+    found = _best(p, capturable)
     if not isinstance(found, str):
         return found
     if fused:
@@ -73,9 +83,7 @@ def describe(params: Iterable[Tensor], fused: bool | None, capturable: bool = Fa
     """Which implementations run for these parameters, and why, in words."""
     if fused is False:
         return "reference (asked for by fused=False)"
-    each = [_fused(type(p), p.dtype, p.device.type, capturable) for p in params] or [
-        cpu.missing() or cpu.passes
-    ]
+    each = [_best(p, capturable) for p in params] or [cpu.missing() or cpu.passes]
     words = [f"reference ({e})" if isinstance(e, str) else e.name for e in each]
     found = sorted(dict.fromkeys(words), key=lambda w: w.startswith("reference"))  # fused first
     if len(found) == 1:

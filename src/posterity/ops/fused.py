@@ -87,7 +87,7 @@ class Flat:
 
 def table(
     like: Tensors,
-    numbers: Iterable[int] = NOTHING,
+    noise: Noise | None = None,
     *,
     param: Iterable[int] = NOTHING,
     mean: Iterable[int] = NOTHING,
@@ -97,24 +97,11 @@ def table(
     hess: Iterable[int] = NOTHING,
     flags: Iterable[int] = NOTHING,
     steps: Iterable[int] = NOTHING,
-    start: int = 0,
 ) -> list[Row]:
     """What a pass needs to know of each tensor; addresses of 0 where it has no use for them."""
-    sizes = map(Tensor.numel, like)
-    columns = (
-        param,
-        mean,
-        grad,
-        *sums,
-        momentum,
-        hess,
-        sizes,
-        numbers,
-        repeat(start),
-        flags,
-        steps,
-    )
-    return list(zip(*columns))  # noqa: B905 (some go on for ever)
+    numbers, starts = (NOTHING, NOTHING) if noise is None else (noise.numbers, noise.starts)
+    addresses = param, mean, grad, *sums, momentum, hess
+    return list(zip(*addresses, map(Tensor.numel, like), numbers, starts, flags, steps))  # noqa: B905
 
 
 def _low(params: Tensors) -> list[int]:
@@ -201,9 +188,7 @@ class Fused:
         at, flags = flat.means(params, means), _low(params)
         if not keep:
             flags = [flag | APART * (mean > 0) for flag, mean in zip(flags, at, strict=True)]
-        rows = table(
-            *(params, noise.numbers), param=flat(params), mean=at, hess=flat(hess), flags=flags
-        )
+        rows = table(*(params, noise), param=flat(params), mean=at, hess=flat(hess), flags=flags)
         written = [params, means] if keep else [params]
         self._run(SAMPLE, rows, _settings(noise, **width), flat, written)
 
@@ -217,7 +202,7 @@ class Fused:
     def unsample(self, params: Tensors, hess: Tensors, noise: Noise, **width: Any):
         """θ → m up to one rounding; as :func:`.reference.unsample`."""
         flat = Flat()
-        rows = table(params, noise.numbers, param=flat(params), hess=flat(hess))
+        rows = table(params, noise, param=flat(params), hess=flat(hess))
         self._run(UNSAMPLE, rows, _settings(noise, **width), flat, [params])
 
     def accumulate(
@@ -235,7 +220,7 @@ class Fused:
         flat = Flat()
         at, flags = flat.grads(grads)
         rows = table(
-            *(grad_sums, noise.numbers),
+            *(grad_sums, noise),
             mean=flat(means),
             grad=at,
             sums=(flat(grad_sums), flat(product_sums)),
@@ -303,7 +288,7 @@ class Fused:
         at, (grad, flags), low = flat.means(params, means), flat.grads(grads), _low(params)
         held = [0 if not live else HELD if mean else REGENERATE for mean in at]
         rows = table(
-            *(params, noise.numbers),
+            *(params, noise),
             param=flat(params),
             mean=at,
             grad=grad,
@@ -314,8 +299,8 @@ class Fused:
         )
         self._update(flat, rows, steps, noise, [params, means, momentum, hess], **s)
 
-    def normals(self, noise: Noise, outs: Tensors, start: int = 0) -> None:
-        """Write the draw's normals, from element ``start`` on, into contiguous float32 tensors."""
-        rows = table(outs, noise.numbers, hess=map(Tensor.data_ptr, outs), start=start)
+    def normals(self, noise: Noise, outs: Tensors) -> None:
+        """Write the draw's normals into contiguous float32 tensors."""
+        rows = table(outs, noise, hess=map(Tensor.data_ptr, outs))
         settings = _settings(noise, ess=1.0, hess_init=1.0, weight_decay=0.0)
         self._run(NORMALS, rows, settings, Flat(), [outs])

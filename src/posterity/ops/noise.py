@@ -14,10 +14,10 @@ training, which count up from 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice, repeat
 
 import torch
 from torch import Tensor
@@ -166,6 +166,8 @@ class Noise:
         sign: −1 for the second of an antithetic pair.
         numbers: of each tensor.
         like: tensors of each one's number of elements and device.
+        pieces: where each lies in the tensor whose noise it takes, as first row-major index and
+            length of its contiguous parts; None for a whole tensor.
 
     Iterating gives one flat float32 tensor for each, on its device.
     """
@@ -175,6 +177,14 @@ class Noise:
     sign: int
     numbers: Sequence[int]
     like: Sequence[Tensor]
+    pieces: Sequence[Sequence[tuple[int, int]] | None] | None = None
+
+    @property
+    def starts(self) -> Iterable[int]:
+        """The first index of each, where it is one piece."""
+        if self.pieces is None:
+            return repeat(0, len(self.like))
+        return [0 if parts is None else parts[0][0] for parts in self.pieces]
 
     @property
     def key(self) -> int:
@@ -187,8 +197,14 @@ class Noise:
         for device in dict.fromkeys(t.device for t in self.like):
             here = [i for i, t in enumerate(self.like) if t.device == device]
             key = draw_key(self.seed, self.draw, device)
-            numbers = [self.numbers[i] for i in here]
-            flat = normals(key, numbers, [self.like[i].numel() for i in here])
-            made.update(zip(here, flat, strict=True))
+            parts = [self._pieces(i) for i in here]
+            numbers = [self.numbers[i] for i, mine in zip(here, parts, strict=True) for _ in mine]
+            starts, counts = zip(*(piece for mine in parts for piece in mine), strict=True)
+            flat = iter(normals(key, numbers, counts, starts))
+            for i, mine in zip(here, parts, strict=True):
+                made[i] = torch.cat([*islice(flat, len(mine))]) if len(mine) > 1 else next(flat)
         for i in range(len(self.like)):
             yield made[i] if self.sign > 0 else -made[i]
+
+    def _pieces(self, i: int) -> Sequence[tuple[int, int]]:
+        return (self.pieces[i] if self.pieces else None) or [(0, self.like[i].numel())]

@@ -1,0 +1,262 @@
+"""Run by each rank in test_distributed.py: `torchrun processes.py SCENARIO OUT SETTINGS`.
+
+Every scenario trains the same network on the same data. Rank 0 writes what came out, in whole
+tensors, and the test sets it beside a single process.
+"""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from posterity import IVON, reduce_per_rank
+from posterity.binding import clean_name
+
+STEPS = 20
+SETTINGS = {"lr": 0.3, "ess": 200.0, "hess_init": 0.3, "betas": (0.9, 0.99), "seed": 5}
+
+
+def network(dtype=torch.float32, width=5):
+    """Five and three rows: uneven shards, and an empty one on four ranks."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)).to(dtype)
+
+
+def data(step, part=0, parts=1):
+    """A rank's part of a step's batch."""
+    x = torch.randn(24, 8, generator=torch.Generator().manual_seed(step))
+    rows = slice(24 // parts * part, 24 // parts * (part + 1))
+    return x[rows], x[rows, :3].sin()
+
+
+def loss_of(model, batch):
+    x, y = batch
+    dtype = next(model.parameters()).dtype
+    return nn.functional.mse_loss(model(x.to(dtype)).float(), y)
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def found(model, opt):
+    """Mean and Hessian in whole tensors; every rank must call this."""
+    posterior = opt.posterior(model)
+    named = ((clean_name(n), p.detach()) for n, p in model.named_parameters())
+    weights = {n: whole(p).clone() for n, p in named}
+    return {
+        "mean": dict(posterior.mean),
+        "precision": dict(posterior.precision),
+        "weights": weights,
+        "draws": opt.param_groups[0]["draws"],
+    }
+
+
+def step(model, opt, batches, way="context"):
+    """A step from one sample for each batch."""
+    if way == "train":
+        opt.train()
+        opt.zero_grad()
+        loss_of(model, batches[0]).backward()
+    else:
+        for batch in batches:
+            with opt.sampled_params(train=True):
+                opt.zero_grad()
+                loss_of(model, batch).backward()
+    opt.step()
+
+
+def alone(samples=1, parts=1, steps=STEPS, dtype=torch.float32, width=5, **settings):
+    """A single process: of each step ``samples`` samples, the i-th on part i mod ``parts``."""
+    model = network(dtype, width)
+    opt = IVON(model.parameters(), **SETTINGS | settings)
+    for i in range(steps):
+        step(model, opt, [data(i, j % parts, parts) for j in range(samples)])
+    return found(model, opt)
+
+
+# -- scenarios ------------------------------------------------------------------------------------
+
+
+def ddp(rank, ranks, way="context", **settings):
+    model = nn.parallel.DistributedDataParallel(network())
+    torch.manual_seed(rank)  # ranks that would draw seeds of their own
+    opt = IVON(model.parameters(), **{**SETTINGS, "seed": None, **settings})
+    opt.param_groups[0]["seed"] = SETTINGS["seed"] + rank  # the first one's counts
+    for i in range(STEPS):
+        step(model, opt, [data(i, rank, ranks)], way)
+    return found(model, opt)
+
+
+def per_rank(
+    rank, ranks, contexts=1, accumulate=False, no_sync=True, hook=True, way="context", **settings
+):
+    model = nn.parallel.DistributedDataParallel(network())
+    opt = IVON(model.parameters(), **SETTINGS | {"samples": "per_rank"} | settings)
+    if hook:
+        model.register_comm_hook(opt, reduce_per_rank)
+    for i in range(STEPS):
+        batch = data(i, rank, ranks)
+        if not accumulate:
+            step(model, opt, [batch] * contexts, way)
+            continue
+        x, y = batch
+        with opt.sampled_params(train=True):
+            opt.zero_grad()
+            for k, half in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+                with model.no_sync() if k == 0 and no_sync else nullcontext():
+                    (loss_of(model, half) / 2).backward()
+        opt.step()
+    return found(model, opt)
+
+
+def sharded(model, ranks, mesh=None, dimension=0, **how):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    names = ("replicate", "shard")[-len(mesh or [1]) :]
+    how["mesh"] = init_device_mesh("cpu", tuple(mesh or [ranks]), mesh_dim_names=names)
+    if dimension:
+        how["shard_placement_fn"] = lambda p: Shard(dimension if p.ndim > dimension else 0)
+    fully_shard(model[0], **how)
+    return fully_shard(model, **how)
+
+
+def fsdp(
+    rank, ranks, mesh=None, dimension=0, bf16=False, way="context", look=False, width=5, **settings
+):
+    """``look``: forward passes at evaluation samples, and one at the mean."""
+    model = network(torch.bfloat16 if bf16 else torch.float32, width)
+    model = sharded(model, ranks, mesh, dimension)
+    opt = IVON(model.parameters(), **SETTINGS | settings)
+    looks = []
+    for i in range(STEPS):
+        step(model, opt, [data(i, rank, ranks)], way)
+        if look:  # forward passes without backward passes: the root stays gathered
+            for _ in range(2):
+                with opt.sampled_params(), torch.no_grad():
+                    looks.append(model(data(0)[0]))
+    out = found(model, opt)
+    if look:
+        with torch.no_grad():
+            looks.append(model(data(0)[0]))
+        out["looks"] = torch.stack(looks)
+    return out
+
+
+def mixed(rank, ranks, **settings):
+    """FSDP2 with a parameter that it leaves whole, whose gradient the user averages."""
+    model = network()
+    own = model[2].bias
+    model = sharded(model, ranks, ignored_params={own})
+    opt = IVON(model.parameters(), **SETTINGS | settings)
+    for i in range(STEPS):
+        with opt.sampled_params(train=True):
+            opt.zero_grad()
+            loss_of(model, data(i, rank, ranks)).backward()
+            dist.all_reduce(own.grad)
+            own.grad /= ranks
+        opt.step()
+    return found(model, opt)
+
+
+def tensor_parallel(rank, ranks, **settings):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    model = network(width=6)  # it knows no uneven parts
+    mesh = init_device_mesh("cpu", (ranks,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    opt = IVON(model.parameters(), **SETTINGS | settings)
+    for i in range(STEPS):
+        step(model, opt, [data(i)])
+    return found(model, opt)
+
+
+def both_parallel(rank, ranks):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = network(width=8)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    parallelize_module(model, mesh["model"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    return found(model, IVON(model.parameters(), **SETTINGS))
+
+
+def save(model, opt, folder, done, crash=False):
+    """A checkpoint that is whole or not there."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, state = get_state_dict(model, opt)
+    dcp.save({"model": weights, "optimizer": state, "done": done}, checkpoint_id=folder / "new")
+    if crash:
+        os.kill(os.getpid(), 9)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        (folder / "new").rename(folder / f"step-{done:03}")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load(model, opt, folder):
+    """How many steps the latest checkpoint has done; 0 without one."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    latest = max(folder.glob("step-*"), default=None)
+    if latest is None:
+        return 0
+    weights, state = get_state_dict(model, opt)
+    held = {"model": weights, "optimizer": state, "done": 0}
+    dcp.load(held, checkpoint_id=latest)
+    set_state_dict(model, opt, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
+    return held["done"]
+
+
+def resumable(rank, ranks, folder, upto=STEPS, every=5, crash=None, crash_saving=None, **settings):
+    """FSDP2 with checkpoints, or one process on whole batches where ``ranks`` is 0.
+
+    ``crash``: the step at which rank 1 is killed without warning; ``crash_saving``: the one at
+    whose checkpoint rank 0 is.
+    """
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    model = sharded(network(), ranks) if ranks else network()
+    opt = IVON(model.parameters(), **SETTINGS | settings)
+    done = load(model, opt, folder)
+    for i in range(done, upto):
+        if i == crash and rank == 1:
+            os.kill(os.getpid(), 9)
+        step(model, opt, [data(i, rank, ranks or 1)])
+        if (i + 1) % every == 0:
+            save(model, opt, folder, i + 1, crash=i + 1 == crash_saving and rank == 0)
+    return found(model, opt)
+
+
+if __name__ == "__main__":
+    scenario, out, given = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    result = globals()[scenario](rank, dist.get_world_size(), **given)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, {n: t.clone() for n, t in result["mean"].items()})
+    result["ranks agree"] = all(
+        torch.equal(theirs[n], t) for theirs in gathered for n, t in result["mean"].items()
+    )
+    if rank == 0:
+        torch.save(result, out)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,203 @@
+"""Several processes train as one does: torchrun with gloo, on two and four ranks."""
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from posterity import IVON
+from posterity.distributed import boxes
+from processes import STEPS, alone, resumable
+
+PROCESSES = Path(__file__).with_name("processes.py")
+slow = pytest.mark.slow
+
+
+def launched(ranks, scenario, tmp_path, **given):
+    """The finished processes of a scenario, and where rank 0 writes."""
+    out = tmp_path / "out.pt"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", str(PROCESSES), scenario, str(out), json.dumps(given)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180), out
+
+
+def torchrun(ranks, scenario, tmp_path, **given):
+    """What rank 0 of a scenario found."""
+    done, out = launched(ranks, scenario, tmp_path, **given)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(out)
+
+
+def same(ours, theirs, rtol=1e-6):
+    """Weights and precisions agree to ``rtol`` of each tensor's largest; the ranks to the bit."""
+    assert ours.get("ranks agree", True)
+    assert ours["draws"] == theirs["draws"]
+    for kind in ("mean", "precision", "weights"):
+        assert ours[kind].keys() == theirs[kind].keys()
+        for name, value in theirs[kind].items():
+            atol = rtol * float(value.abs().max())
+            torch.testing.assert_close(ours[kind][name], value, rtol=0, atol=atol)
+
+
+def bits(ours, theirs):
+    same(ours, theirs, 0.0)
+
+
+CHANGES = [
+    {},
+    {"store_mean": False},
+    {"fused": False},
+    {"hess_approx": "gradsq", "gradsq_scale": 8},
+]
+
+
+@slow
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_ddp_with_a_shared_sample_is_one_process_with_the_joined_batch(changes, tmp_path):
+    same(torchrun(2, "ddp", tmp_path, **changes), alone(**changes))
+
+
+@slow
+def test_ddp_takes_the_seed_of_the_first_rank_on_four_ranks_too(tmp_path):
+    same(torchrun(4, "ddp", tmp_path, way="train"), alone())
+
+
+PER_RANK = [
+    ({}, {}),
+    ({"way": "train"}, {}),
+    ({"accumulate": True}, {}),
+    ({"contexts": 2}, {"samples": 4}),
+    ({"antithetic": True}, {"antithetic": True, "mc_samples": 2}),
+    ({"fused": False}, {"fused": False}),
+    ({"hess_approx": "gradsq", "gradsq_scale": 8},) * 2,
+]
+
+
+@slow
+@pytest.mark.parametrize(("ours", "theirs"), PER_RANK, ids=str)
+def test_a_sample_on_each_rank_is_as_many_samples_in_one_process(ours, theirs, tmp_path):
+    same(torchrun(2, "per_rank", tmp_path, **ours), alone(**{"samples": 2, "parts": 2} | theirs))
+
+
+@slow
+def test_four_ranks_are_four_samples(tmp_path):
+    same(torchrun(4, "per_rank", tmp_path), alone(samples=4, parts=4))
+
+
+@slow
+def test_per_rank_without_its_hook_or_reduced_twice_says_what_to_do(tmp_path):
+    done, _ = launched(2, "per_rank", tmp_path, hook=False)
+    assert "ddp.register_comm_hook(opt, posterity.reduce_per_rank)" in done.stderr
+    done, _ = launched(2, "per_rank", tmp_path, accumulate=True, no_sync=False)
+    assert "with ddp.no_sync()" in done.stderr
+
+
+FSDP = [
+    (2, {}, {}),
+    (2, {"way": "train"}, {}),
+    (2, {"store_mean": False}, {"store_mean": False}),
+    (2, {"fused": False}, {"fused": False}),
+    (2, {"dimension": 1, "width": 6}, {"width": 6}),  # parts that are not contiguous
+    (4, {}, {}),  # a rank without a part
+    (4, {"mesh": [2, 2]}, {}),  # HSDP
+]
+
+
+@slow
+@pytest.mark.parametrize(("ranks", "ours", "theirs"), FSDP, ids=str)
+def test_fsdp2_is_one_process(ranks, ours, theirs, tmp_path):
+    same(torchrun(ranks, "fsdp", tmp_path, **ours), alone(**theirs))
+
+
+@slow
+def test_fsdp2_of_bfloat16_parameters_is_one_process_up_to_their_gradients_rounding(tmp_path):
+    same(torchrun(2, "fsdp", tmp_path, bf16=True), alone(dtype=torch.bfloat16), 2e-2)
+
+
+@slow
+def test_fsdp2_beside_whole_parameters(tmp_path):
+    same(torchrun(2, "mixed", tmp_path), alone())
+
+
+@slow
+def test_a_sample_reaches_the_modules_that_fsdp2_left_gathered(tmp_path):
+    """Forward passes alone leave the root gathered: each sample, and then the mean, must show."""
+    found = torchrun(2, "fsdp", tmp_path, look=True)
+    same(found, alone())
+    looks = found["looks"]
+    assert len(looks) == 2 * STEPS + 1
+    assert all(not torch.equal(a, b) for a, b in pairwise(looks))
+    first = torchrun(1, "fsdp", tmp_path, look=True)["looks"]
+    torch.testing.assert_close(looks, first, rtol=1e-5, atol=1e-5)
+
+
+@slow
+def test_tensor_parallelism_is_one_process(tmp_path):
+    same(torchrun(2, "tensor_parallel", tmp_path), alone(width=6))
+
+
+@slow
+def test_tensor_parallelism_inside_fsdp2_says_what_it_does_not_know(tmp_path):
+    done, _ = launched(4, "both_parallel", tmp_path)
+    assert "_StridedShard" in done.stderr
+    assert "IVON knows the placements Shard and Replicate" in done.stderr
+
+
+@slow
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_on_four(tmp_path):
+    folder = tmp_path / "two"
+    torchrun(2, "resumable", tmp_path, folder=str(folder), upto=10)
+    for ranks in (2, 4):
+        shutil.copytree(folder, tmp_path / str(ranks))
+        same(torchrun(ranks, "resumable", tmp_path, folder=str(tmp_path / str(ranks))), alone())
+    same(resumable(0, 0, folder), alone())
+
+
+@slow
+def test_a_checkpoint_of_one_process_goes_on_on_two_ranks(tmp_path):
+    resumable(0, 0, tmp_path / "one", upto=10)
+    same(torchrun(2, "resumable", tmp_path, folder=str(tmp_path / "one")), alone())
+
+
+@slow
+def test_a_killed_rank_costs_no_bit(tmp_path):
+    """Killed between checkpoints, and while one is half written, the run goes on to the same."""
+    whole = torchrun(2, "resumable", tmp_path, folder=str(tmp_path / "whole"))
+    for crash in ({"crash": 8}, {"crash_saving": 10}):
+        folder = tmp_path / "-".join(crash)
+        done, out = launched(2, "resumable", tmp_path, folder=str(folder), **crash)
+        assert done.returncode != 0
+        assert not out.exists()
+        assert sorted(f.name for f in folder.glob("step-*")) == ["step-005"]
+        bits(torchrun(2, "resumable", tmp_path, folder=str(folder)), whole)
+
+
+# -- without processes ----------------------------------------------------------------------------
+
+
+def test_the_parts_of_boxes_are_what_slicing_takes():
+    whole = torch.arange(4 * 5 * 6).view(4, 5, 6)
+    for part in (whole[1:3], whole[:, 2:4], whole[1:, :, 3:], whole[2:, 1:3, 5:], whole[:0]):
+        offset = [0, 0, 0]
+        if part.numel():
+            first = int(part.flatten()[0])
+            offset = [first // 30, first // 6 % 5, first % 6]
+        pieces = boxes(whole.shape, part.shape, offset)
+        indices = [i for start, count in pieces for i in range(start, start + count)]
+        assert indices == part.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"store_mean": False}, "store_mean=True with samples"), ({"samples": "all"}, "per_rank")],
+)
+def test_settings_that_ranks_cannot_have(settings, words):
+    w = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=words):
+        IVON([w], 0.1, ess=10, **{"samples": "per_rank"} | settings)
