@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from posterity import IVON, reduce_per_rank
+from posterity import IVON, predict, reduce_per_rank
 from posterity.binding import clean_name
 
 STEPS = 20
@@ -243,6 +243,30 @@ def resumable(rank, ranks, folder, upto=STEPS, every=5, crash=None, crash_saving
         if (i + 1) % every == 0:
             save(model, opt, folder, i + 1, crash=i + 1 == crash_saving and rank == 0)
     return found(model, opt)
+
+
+PREDICTIONS = [
+    {},
+    {"average": "logits"},
+    {"likelihood": "bernoulli"},
+    {"likelihood": "gaussian", "noise": 0.5},
+]
+
+
+def predicted(rank, ranks):
+    """Predictions of samples that the ranks divide, uneven parts too."""
+    model = network()
+    posterior = IVON(model.parameters(), **SETTINGS).posterior(model)
+    inputs = data(0)[0]
+    given = {"samples": 5, "seed": 3, "batch_size": 7, "distributed": True}
+    predictions = [predict(model, posterior, inputs, **given, **how) for how in PREDICTIONS]
+    try:
+        predict(model, posterior, inputs, samples=ranks - 1, distributed=True)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    fields = [{k: v for k, v in vars(p).items() if v is not None} for p in predictions]
+    return {"mean": dict(posterior.mean), "fields": fields, "refused": refused}
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from posterity import IVON
+from posterity import IVON, predict
 from posterity.distributed import boxes
-from processes import STEPS, alone, resumable
+from processes import PREDICTIONS, SETTINGS, STEPS, alone, data, network, resumable
 
 PROCESSES = Path(__file__).with_name("processes.py")
 slow = pytest.mark.slow
@@ -176,6 +176,23 @@ def test_a_killed_rank_costs_no_bit(tmp_path):
         assert not out.exists()
         assert sorted(f.name for f in folder.glob("step-*")) == ["step-005"]
         bits(torchrun(2, "resumable", tmp_path, folder=str(folder)), whole)
+
+
+@slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_divide_the_samples_of_a_prediction(ranks, tmp_path):
+    found = torchrun(ranks, "predicted", tmp_path)
+    assert found["ranks agree"]
+    assert found["refused"] == f"{ranks - 1} samples cannot be divided among {ranks} ranks"
+    model = network()
+    posterior = IVON(model.parameters(), **SETTINGS).posterior(model)
+    for how, fields in zip(PREDICTIONS, found["fields"], strict=True):
+        one = predict(model, posterior, data(0)[0], samples=5, seed=3, batch_size=7, **how)
+        for name, value in fields.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, getattr(one, name), rtol=1e-5, atol=1e-6)
+            else:
+                assert value == getattr(one, name)
 
 
 # -- without processes ----------------------------------------------------------------------------

@@ -37,6 +37,20 @@ def broadcast(words: list[int]) -> list[int]:
     return message[0]
 
 
+def total(t: Tensor) -> Tensor:
+    """The sum over ranks."""
+    summed = t.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def largest(t: Tensor) -> Tensor:
+    """The element-wise maximum over ranks."""
+    found = t.clone()
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found
+
+
 def is_sharded(t: Tensor) -> bool:
     """Whether a tensor is a DTensor (told by its face: importing the class takes seconds)."""
     return type(t) is not nn.Parameter and type(t) is not Tensor and hasattr(t, "device_mesh")
@@ -145,6 +159,10 @@ def reduce_per_rank(optimizer: Any, bucket: GradBucket) -> torch.futures.Future[
         ddp.register_comm_hook(opt, posterity.reduce_per_rank)
     """
     buffer = bucket.buffer()
+    if alone():
+        ready: torch.futures.Future[Tensor] = torch.futures.Future()
+        ready.set_result(buffer)
+        return ready
     window = optimizer._window
     sums = window.rank_sums(bucket.parameters(), bucket.gradients())
     work = dist.all_reduce(sums, async_op=True)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.data import DataLoader, Dataset
 
+from . import distributed as ranks
 from .binding import Samples, bind
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
@@ -101,6 +102,7 @@ def predict(
     batch_size: int = 512,
     noise: float | Tensor | None = None,
     functional: bool = False,
+    distributed: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Prediction:
     r"""Average a model's predictions over posterior samples: p̄(y|x) = (1/S) Σ_s p(y|x, θ_s).
@@ -123,6 +125,8 @@ def predict(
             return it; 0 leaves the variance over the samples alone. In the targets' units.
         functional: never write to the model (``torch.func.functional_call`` on a structural copy
             that shares its tensors), so that several threads can predict with one model.
+        distributed: every rank of the process group calls this with the same arguments and data,
+            draws its own part of the samples, and returns the whole's prediction.
         progress: wraps the range of samples: ``tqdm.tqdm``, ``rich.progress.track``.
 
     Memory does not grow with S. A loader is traversed once per sample, so it must not shuffle; a
@@ -154,6 +158,10 @@ def predict(
     if samples < 1:
         raise ValueError(f"needs at least one sample, not {samples}")
     samples = 1 if posterior is None else samples
+    shared = distributed and posterior is not None and not ranks.alone()
+    if shared and samples < ranks.world():
+        raise ValueError(f"{samples} samples cannot be divided among {ranks.world()} ranks")
+    mine = range(samples)[ranks.rank() :: ranks.world()] if shared else range(samples)
     model = _skeleton(model) if functional else model
     batches = _batches(data, batch_size)
     make = partial(_Classes, likelihood == "bernoulli", average)
@@ -161,14 +169,17 @@ def predict(
         make = partial(_Gaussian, noise)
     totals: list[_Classes | _Gaussian] = []  # one running total for each batch
     with _evaluating(model), torch.no_grad():
-        for index in (progress or iter)(range(samples)):
+        for index in (progress or iter)(mine):
             with _sampled(model, posterior, seed, index, functional) as forward:
                 for number, batch in enumerate(batches):
-                    if index == 0:
+                    if index == mine[0]:
                         totals.append(make())
                     totals[number].add(forward(batch))
     if not totals:
         raise ValueError("there are no data")
+    if shared:
+        for running in totals:
+            running.merge()
     return Prediction(likelihood, samples, **_joined([total.result() for total in totals]))
 
 
@@ -187,6 +198,13 @@ class _Running:
         before = x - self.mean
         self.mean += before / self.count
         self.spread += before.mul_(x - self.mean)
+
+    def merge(self) -> None:
+        """Take up what the other ranks have seen (Chan et al. 1979)."""
+        count, seen = self.count, ranks.total(self.mean.new_tensor(float(self.count)))
+        mean = ranks.total(self.mean * (count / seen))
+        self.spread = ranks.total(self.spread + count * (self.mean - mean) ** 2)
+        self.mean, self.count = mean, int(seen)
 
     @property
     def variance(self) -> Tensor:
@@ -214,6 +232,17 @@ class _Classes:
         self.probs.add(probs)
         self.entropy.add(_entropy(probs))
         self.total = log_probs if self.total is None else self.join(self.total, log_probs)
+
+    def merge(self) -> None:
+        """Take up what the other ranks have seen."""
+        assert self.total is not None
+        self.probs.merge()
+        self.entropy.merge()
+        if self.join is torch.add:
+            self.total = ranks.total(self.total)
+        else:  # the logarithm of a sum of exponentials
+            high = ranks.largest(self.total).nan_to_num(neginf=0.0)
+            self.total = high + ranks.total((self.total - high).exp()).log()
 
     def result(self) -> dict[str, Tensor]:
         assert self.total is not None
@@ -248,6 +277,11 @@ class _Gaussian:
             noise_variance = torch.as_tensor(self.noise, dtype=mean.dtype, device=mean.device) ** 2
         self.location.add(mean)
         self.noises.add(noise_variance.expand_as(mean))
+
+    def merge(self) -> None:
+        """Take up what the other ranks have seen."""
+        self.location.merge()
+        self.noises.merge()
 
     def result(self) -> dict[str, Tensor]:
         return {

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from posterity import Posterior, predict
-from posterity_studies import compare, data, runs, train, tune
+from posterity_studies import compare, data, ranks, runs, train, tune
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError, recipe
 
@@ -24,7 +24,7 @@ Name = tyro.conf.Positional[str]
 def _bar(items: Iterable[int], total: int, label: str) -> Iterable[int]:
     """A progress bar with the time left, on a terminal only."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or not ranks.first():
         yield from items
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -34,7 +34,10 @@ def _bar(items: Iterable[int], total: int, label: str) -> Iterable[int]:
 
 @dataclass
 class Train:
-    """Train one optimizer with one seed. Run it again after an interruption: it goes on."""
+    """Train one optimizer with one seed. Run it again after an interruption: it goes on.
+
+    On several processes: torchrun --nproc-per-node N -m posterity_studies train ...
+    """
 
     recipe: Name
     """fashion-mnist, or smoke (the same cut to seconds)."""
@@ -58,8 +61,10 @@ class Train:
         chosen = replace(chosen, validation=self.validation)
         chosen = chosen.with_settings(self.optimizer, self.set)
         out = self.out or Path("runs") / chosen.name / f"{self.optimizer}-seed{self.seed}"
-        result = train.train(chosen, self.optimizer, self.seed, out, _bar)
-        if not self.quiet:
+        with ranks.joined():
+            result = train.train(chosen, self.optimizer, self.seed, out, _bar)
+            first = ranks.first()
+        if first and not self.quiet:
             compare.show([result])
             print(f"run folder: {out}")
 
@@ -222,6 +227,8 @@ def main() -> None:
         description="Variational learning of deep networks, tried on real data.",
     )
     try:
+        if ranks.several() and not isinstance(command, Train):
+            raise UserError("of the commands only train runs on several processes")
         command()
     except KeyboardInterrupt:
         print(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from posterity import IVON, Posterior, metrics, predict
-from posterity_studies import data, runs
+from posterity_studies import data, ranks, runs
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError
 
@@ -105,7 +105,9 @@ def train(
 
     Writes ``config.json``, ``metrics.jsonl`` (a line a step, and one an epoch), ``checkpoint.pt``
     while it runs, then ``model.safetensors``, ``posterior.safetensors`` (IVON),
-    ``predictions.safetensors`` and, last, ``result.json``.
+    ``predictions.safetensors`` and, last, ``result.json``. Under torchrun every rank calls this,
+    takes its part of each batch and of the posterior samples, and gets the result; the first one
+    writes. All must see the same folder.
 
     Raises:
         UserError: the folder holds another run, or a damaged file.
@@ -115,20 +117,25 @@ def train(
         return result
     config = configuration(recipe, optimizer, seed)
     task = load_task(recipe)
+    ranks.together()  # before the first one writes what the others have looked for
     torch.manual_seed(seed)
     model = NETWORKS[recipe.network](len(task.class_names))
     n = len(task.train[1])
     opt = recipe.settings(optimizer).build(model, n, seed)
-    runs.write_json(folder / "config.json", config)  # nothing is written for wrong settings
+    if ranks.first():
+        runs.write_json(folder / "config.json", config)  # nothing is written for wrong settings
     steps = recipe.epochs * math.ceil(n / recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, _warmup_cosine(recipe.warmup * steps, steps))
     log = _Log(folder / "metrics.jsonl")
     _forget_peak_memory()
     done, seconds = _resume(folder / "checkpoint.pt", model, opt, schedule, log)
+    replica = ranks.replica(model)
     for epoch in range(done, recipe.epochs):
         order = batches(n, recipe.batch_size, seed, epoch)
         bar = progress(range(len(order)), len(order), f"{optimizer} epoch {epoch + 1}")
-        seconds.append(_epoch(model, opt, schedule, task.train, order, epoch, bar, log))
+        seconds.append(_epoch(replica, opt, schedule, task.train, order, epoch, bar, log))
+        if not ranks.first():
+            continue
         at_mean = evaluate(model, None, task.test)
         log.write({"epoch": epoch + 1, "nll": at_mean["nll"], "accuracy": at_mean["accuracy"]})
         checkpoint = {
@@ -141,17 +148,22 @@ def train(
         }
         runs.write_checkpoint(folder / "checkpoint.pt", checkpoint)
     peak = _peak_memory()
+    evaluations = _finish(recipe, task, model, opt, folder, progress)
+    if not ranks.first():
+        ranks.together()
+        return runs.read_json(folder / "result.json")
     result = {
         **config,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds_per_epoch": sorted(seconds)[len(seconds) // 2],
         "peak_memory_mib": peak,
-        **_finish(recipe, task, model, opt, seed, folder, progress),
+        "evaluations": evaluations,
         "curve": log.curve(),
         "provenance": runs.provenance(seed, task.digest),
     }
     runs.write_json(folder / "result.json", result)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+    ranks.together()
     return result
 
 
@@ -168,22 +180,24 @@ def _epoch(
     """One pass over the data; how long it took, in seconds."""
     inputs, targets = train
     model.train()
-    losses = []
+    losses, rates = [], []
     start = time.perf_counter()
     for i in bar:
-        x, y = inputs[order[i]], targets[order[i]]
+        mine = ranks.part(order[i])
+        share = ranks.world() / len(order[i])  # ranks are averaged: this makes it the batch's mean
         with opt.sampled_params(train=True) if isinstance(opt, IVON) else nullcontext():
             opt.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
+            logits = model(inputs[mine])
+            loss = nn.functional.cross_entropy(logits, targets[mine], reduction="sum") * share
             loss.backward()
         opt.step()
-        losses.append((loss.detach(), schedule.get_last_lr()[0]))
+        losses.append(loss.detach())
+        rates.append(schedule.get_last_lr()[0])
         schedule.step()
     seconds = time.perf_counter() - start
-    first = epoch * len(order) + 1
-    log.write(
-        *({"step": first + i, "loss": x.item(), "lr": lr} for i, (x, lr) in enumerate(losses))
-    )
+    whole = ranks.average(torch.stack(losses)).tolist()
+    numbered = enumerate(zip(whole, rates, strict=True), epoch * len(order) + 1)
+    log.write(*({"step": step, "loss": loss, "lr": lr} for step, (loss, lr) in numbered))
     return seconds
 
 
@@ -234,16 +248,17 @@ def _finish(
     task: Task,
     model: nn.Module,
     opt: torch.optim.Optimizer,
-    seed: int,
     folder: Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """Save the model and its posterior; the evaluations, by name."""
-    runs.write_tensors(folder / "model.safetensors", model.state_dict())
     rows: dict[str, Posterior | None] = {"mean": None}
+    if ranks.first():
+        runs.write_tensors(folder / "model.safetensors", model.state_dict())
     if isinstance(opt, IVON):
         posterior = opt.posterior(model)
-        posterior.save(folder / "posterior.safetensors")
+        if ranks.first():
+            posterior.save(folder / "posterior.safetensors")
         if recipe.samples:
             rows["samples"] = posterior
     evaluations, predictions = {}, {}
@@ -254,8 +269,9 @@ def _finish(
             if key in found:
                 predictions[f"{name}.{key}"] = found.pop(key).float()
         evaluations[name] = found
-    runs.write_tensors(folder / "predictions.safetensors", predictions)
-    return {"evaluations": evaluations}
+    if ranks.first():
+        runs.write_tensors(folder / "predictions.safetensors", predictions)
+    return evaluations
 
 
 def evaluate(
@@ -282,7 +298,8 @@ def evaluate(
         together,
         samples=count,
         batch_size=EVAL_BATCH,
-        progress=lambda items: progress(items, count, "posterior samples"),
+        distributed=count >= ranks.world(),
+        progress=lambda items: progress(items, -(-count // ranks.world()), "posterior samples"),
     )
     n, targets = len(test[1]), test[1]
     probs = prediction.probs[:n]
@@ -315,11 +332,15 @@ class _Log:
 
     def truncate(self, position: int) -> None:
         """Forget what came after a checkpoint."""
+        if not ranks.first():
+            return
         with self.path.open("ab") as file:
             file.truncate(position)
 
     def write(self, *lines: dict[str, float]) -> None:
         """Append lines."""
+        if not ranks.first():
+            return
         with self.path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 

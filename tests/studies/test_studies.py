@@ -146,6 +146,50 @@ def test_killed_run_resumes_to_the_same_bits(optimizer, environment, tmp_path):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
+def on_two_ranks(*arguments):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [*torchrun, "-m", "posterity_studies", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_run_of_one(environment, tmp_path):
+    arguments = ["train", "smoke", "--epochs", 1, "--quiet", "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert posterity(environment, *arguments, one).returncode == 0
+    assert subprocess.run(on_two_ranks(*arguments, two), env=environment).returncode == 0
+    for name in ("model.safetensors", "posterior.safetensors", "predictions.safetensors"):
+        ours, theirs = (runs.read_tensors(folder / name) for folder in (two, one))
+        for key, value in theirs.items():
+            bound = 1e-4 * float(value.abs().max())
+            torch.testing.assert_close(ours[key], value, rtol=0, atol=bound)
+    steps = ([json.loads(x) for x in (f / "metrics.jsonl").open()] for f in (one, two))
+    for ours, theirs in zip(*steps, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_costs_no_bit(environment, tmp_path):
+    arguments = ["train", "smoke", "--epochs", 6, "--samples", 2, "--quiet", "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert subprocess.run(on_two_ranks(*arguments, whole), env=environment).returncode == 0
+    process = subprocess.Popen(on_two_ranks(*arguments, killed), env=environment)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)  # the second rank
+    assert process.wait() != 0
+    assert not (killed / "result.json").exists(), "the run ended before it could be killed"
+    assert subprocess.run(on_two_ranks(*arguments, killed), env=environment).returncode == 0
+    for name in ("model.safetensors", "metrics.jsonl", "predictions.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
+def test_other_commands_do_not_run_on_several_processes(run, call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "only train" in one_line(call("evaluate", run))
+
+
 def test_interrupt_says_how_to_go_on(environment, tmp_path):
     out = tmp_path / "run"
     arguments = command("train", "smoke", "--epochs", 500, "--out", out)
