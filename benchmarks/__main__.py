@@ -50,7 +50,7 @@ def picture(costs: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    suites = ("optimizers", "memory", "training", "drawing", "sizes")
+    suites = ("optimizers", "memory", "training", "drawing", "sizes", "ranks")
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=11, help="of each measurement")
@@ -73,6 +73,7 @@ def main() -> None:
         "memory": [partial(cases.memory, given.numel, device)],
         "training": [partial(cases.training, device, rounds)],
         "drawing": [partial(cases.drawing, 25_000_000, rounds)],
+        "ranks": [cases.ranks],
         "sizes": [partial(cases.sizes, device, max(rounds // 2, 3))],
     }
     for part, runs in parts.items():

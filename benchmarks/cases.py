@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -68,6 +70,22 @@ def memory(numel: int, device: str) -> Rows:
         command += ["--peak", name, "--numel", str(numel)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         yield f"peak memory at {numel / 1e6:g}M", name, {"sizes": float(done.stdout)}
+
+
+def ranks() -> Rows:
+    """What each of two ranks sends in a step, and its peak memory, in new processes."""
+    from benchmarks.ranks import NUMEL, WAYS
+
+    exact = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }  # glibc keeps none
+    for way in WAYS:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", "-m", "benchmarks.ranks", way]
+        environment = {**os.environ, **exact}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        yield f"a rank of two, {NUMEL / 1e6:.0f}M parameters", way, json.loads(done.stdout)
 
 
 def peak(name: str, numel: int, device: str) -> float:

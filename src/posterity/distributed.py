@@ -148,9 +148,9 @@ def reduce_per_rank(optimizer: Any, bucket: GradBucket) -> torch.futures.Future[
     """The hook of DistributedDataParallel that ``samples="per_rank"`` needs.
 
     Every rank draws a sample of its own, so W ranks are W Monte Carlo samples. The estimator of
-    the Hessian needs each rank's own gradient beside its own sample, before gradients are
-    averaged: this hook averages both, gradient and product, in one message for each bucket, while
-    the backward pass goes on. They are twice the words of plain data parallelism.
+    the Hessian needs the product of each rank's own gradient and displacement, before gradients
+    are averaged: this hook makes it and averages both, while the backward pass goes on. That is
+    twice the words of plain data parallelism.
 
     Example::
 
@@ -158,19 +158,19 @@ def reduce_per_rank(optimizer: Any, bucket: GradBucket) -> torch.futures.Future[
         opt = IVON(ddp.parameters(), lr, ess=ess, samples="per_rank")
         ddp.register_comm_hook(opt, posterity.reduce_per_rank)
     """
-    buffer = bucket.buffer()
+    buffer, window, params = bucket.buffer(), optimizer._window, bucket.parameters()
     if alone():
         ready: torch.futures.Future[Tensor] = torch.futures.Future()
         ready.set_result(buffer)
         return ready
-    window = optimizer._window
-    sums = window.rank_sums(bucket.parameters(), bucket.gradients())
-    work = dist.all_reduce(sums, async_op=True)
-    assert work is not None
+    products = window.rank_products(params, bucket.gradients())
+    grads, both = (dist.all_reduce(t, async_op=True) for t in (buffer, products))
+    assert grads is not None
+    assert both is not None
 
     def share(_: Any) -> Tensor:
-        sums.div_(world())
-        window.keep_products(bucket.parameters(), sums[1])
-        return buffer.copy_(sums[0])
+        grads.wait()
+        window.keep_products(params, products.div_(world()))
+        return buffer.div_(world())
 
-    return work.get_future().then(share)
+    return both.get_future().then(share)

@@ -23,6 +23,10 @@ NO_SAMPLE = (
     "Wrap forward and backward pass in `with opt.sampled_params(train=True):`, or pass a closure "
     "to `opt.step(closure)`, or call `opt.train()` before the forward pass."
 )
+UNSCALED = (
+    'samples="per_rank" under GradScaler: unscale_() changes the gradients but not their products, '
+    "which are averaged already. Call scaler.step(opt) without it, or train in bfloat16."
+)
 
 
 class IVON(Optimizer):
@@ -429,13 +433,19 @@ class IVON(Optimizer):
             return None
         draw = self._window.draw
         self._slots()  # the parameters may have moved since the sample was drawn
-        several = self._whole["pending"] or draw is None or draw.products is not None
-        if several or (draw is not None and draw.outdated):  # from the sums over samples
+        if draw is not None and draw.products is not None and scale is None is not found_inf:
+            raise RuntimeError(UNSCALED)
+        if self._whole["pending"] or draw is None or draw.outdated:  # from the sums over samples
             self._close(last=True, checked=scale is not None)
             slots = [s for s in self._slots() if "grad_sum" in s.state]
             draw, grads = None, state_of(slots, "grad_sum")
-        else:  # from the one sample, in one pass
+            products = state_of(slots, "product_sum")
+        else:
             slots, grads = self._window.gradients(last=True, checked=scale is not None)
+            products = draw.rank_products(slots)
+            if products is not None:  # of a sample on each rank
+                draw.leave()
+                draw, grads = None, [g.to(p.dtype) for g, p in zip(grads, products, strict=True)]
         if found_inf is not None:
             unseen = [g for s, g in zip(slots, grads, strict=True) if s.param.grad is not g]
             if not all(g.isfinite().all() for g in unseen):
@@ -450,28 +460,29 @@ class IVON(Optimizer):
         factor = 1 / max(self._whole["pending"], 1)
         if scale is not None:
             factor = factor / scale
-        given = dict(zip((s.number for s in slots), grads, strict=True))
+        place = {s.number: i for i, s in enumerate(slots)}
         for implementation, run in self._window.runs(slots):
             group, params = run[0].group, params_of(run)
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
             settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
             momentum, hess, steps = (state_of(run, k) for k in ("momentum", "hess", "step"))
+            mine = [grads[place[s.number]] for s in run]
             if draw is None:
+                assert products is not None
                 means = [mean_at_rest(s) for s in run]
-                sums = state_of(run, "grad_sum"), state_of(run, "product_sum")
-                implementation.update(means, *sums, momentum, hess, steps, **settings)
+                made = [products[place[s.number]] for s in run]
+                implementation.update(means, mine, made, momentum, hess, steps, **settings)
                 for p, mean in zip(params, means, strict=True):
                     if low_precision(p):
                         p.copy_(mean)
             else:
                 means = [draw.source(s, p) for s, p in zip(run, params, strict=True)]
-                grads = [given[s.number] for s in run]
                 noise = draw.noise(run)
                 before = [p._version for p in params]
                 try:
                     implementation.step(
-                        params, means, grads, momentum, hess, steps, noise, draw.live, **settings
+                        params, means, mine, momentum, hess, steps, noise, draw.live, **settings
                     )
                 finally:  # after an interrupt too: what has its new mean is not restored
                     versions = zip(run, params, before, strict=True)

@@ -179,6 +179,14 @@ class Draw:
             return local(slot.state["mean"])
         return mean_at_rest(slot) if low_precision(param) else param
 
+    def rank_products(self, slots: list[Slot]) -> list[Tensor] | None:
+        """The slots' products, averaged over ranks; None where all ranks have the same sample."""
+        if self.products is None:
+            return None
+        if any(s.number not in self.products for s in slots):
+            raise RuntimeError(PER_RANK)
+        return [self.products[s.number] for s in slots]
+
     def forget(self, slots: list[Slot]) -> None:
         """Let go of parameters that a step has brought to their new mean."""
         for s in slots:
@@ -423,17 +431,16 @@ class Window:
         """Add the latest sample to the sums of each parameter."""
         assert self.draw is not None
         totals, products = ([local(s[name]) for s in sums] for name in SUMS)
-        if (known := self.draw.products) is None:
+        found = self.draw.rank_products(slots)
+        if found is None:
             self._accumulate(slots, grads, totals, products)
             return
-        for slot, grad, total, product in zip(slots, grads, totals, products, strict=True):
-            if slot.number not in known:
-                raise RuntimeError(PER_RANK)
+        for grad, total, product, mine in zip(grads, totals, products, found, strict=True):
             total += grad
-            product += known[slot.number]
+            product += mine
 
-    def rank_sums(self, params: list[Tensor], grads: list[Tensor]) -> Tensor:
-        """This rank's gradients and their products with its own sample, two rows."""
+    def rank_products(self, params: list[Tensor], grads: list[Tensor]) -> Tensor:
+        """The products of this rank's gradients with its own displacement, one after another."""
         draw = self.draw
         if draw is None or draw.products is None or not draw.live:
             raise RuntimeError(
@@ -441,24 +448,24 @@ class Window:
                 'IVON(..., samples="per_rank")'
             )
         dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-        sizes = [g.numel() for g in grads]
-        sums = torch.zeros(2, sum(sizes), dtype=dtype, device=grads[0].device)
-        places = {id(s.param): s for s in draw.slots.values()}
+        sizes, places = [g.numel() for g in grads], {id(s.param): s for s in draw.slots.values()}
+        total, products = (
+            torch.zeros(sum(sizes), dtype=dtype, device=grads[0].device) for _ in range(2)
+        )
         known = []
-        rows = (row.split(sizes) for row in sums)
-        for p, grad, total, product in zip(params, grads, *rows, strict=True):
+        columns = params, grads, total.split(sizes), products.split(sizes)
+        for p, *column in zip(*columns, strict=True):
             if (slot := places.get(id(p))) is None:  # not trained by this optimizer
-                total += grad.flatten()
                 continue
             if slot.number in draw.products:
                 raise RuntimeError(TWICE)
-            known.append((slot, grad.view(p.shape), total.view(p.shape), product.view(p.shape)))
+            known.append((slot, *(t.view(p.shape) for t in column)))
         if known:
             self._accumulate(*map(list, zip(*known, strict=True)))
-        return sums
+        return products
 
     def keep_products(self, params: list[Tensor], products: Tensor) -> None:
-        """The averages over ranks of the second row of :meth:`rank_sums`."""
+        """The averages over ranks of what :meth:`rank_products` made."""
         if self.draw is None or self.draw.products is None:
             return
         places = {id(s.param): s.number for s in self.draw.slots.values()}
