@@ -14,7 +14,7 @@ demo: .venv/studies  ## train on Fashion-MNIST with AdamW, SGD and IVON, compare
 test: .venv/dev lint  ## lint, types, tests and doctests, but for those of `make test-all`
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: .venv/dev  ## the tests that take several processes or a whole framework
+test-all: .venv/frameworks  ## the tests that take several processes or a whole framework
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: .venv/dev  ## format, lint, types
@@ -39,8 +39,9 @@ clean:  ## remove the environment and what tools cache (runs/ stays)
 	  { echo "posterity needs Python's venv module. On Debian: apt-get install python3-venv" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv
 
-# Installed in the stages that the two commands need: .venv/studies runs, .venv/dev also tests.
-.venv/studies .venv/dev: .venv/%: pyproject.toml constraints.txt $(wildcard src/posterity/ops/_*.cpp src/posterity/ops/_*.h) | .venv/bin/python
+# Installed in the stages that are needed: .venv/studies runs, .venv/dev also tests, .venv/frameworks
+# also trains in the frameworks of others.
+.venv/studies .venv/dev .venv/frameworks: .venv/%: pyproject.toml constraints.txt $(wildcard src/posterity/ops/_*.cpp src/posterity/ops/_*.h) | .venv/bin/python
 	@echo "setting up .venv ($*): about a minute" >&2
 	@$(BIN)/python -m pip install -q --progress-bar off -c constraints.txt -e '.[$*]' 2>.venv/install.log || \
 	  { cat .venv/install.log >&2; echo "posterity: installing into .venv failed; the lines above say why" >&2; exit 1; }
