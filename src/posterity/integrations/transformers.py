@@ -1,0 +1,80 @@
+"""For Hugging Face's Trainer, which needs nothing to train with IVON but the optimizer::
+
+    Trainer(model, args, ..., optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": len(train)}))
+
+It calls ``optimizer.train()`` before each batch and ``optimizer.eval()`` before it evaluates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from posterity import IVON
+
+NAME = "posterior.safetensors"
+
+
+class PosteriorCallback(TrainerCallback):
+    """Saves the posterior beside every checkpoint, and adds its state to what Trainer logs.
+
+    ``checkpoint-STEP/posterior.safetensors`` is what ``Posterior.load`` reads. Logged are
+    ``posterior/noise_to_weight``, the median over weights of σ/|m|, and ``posterior/moved``, the
+    share of the Hessian that is off ``hess_init`` by over a tenth of it. They stand in Trainer's
+    log history; callbacks that report elsewhere see them if they come later.
+
+    Example::
+
+        Trainer(..., callbacks=[PosteriorCallback(), TensorBoardCallback()])
+    """
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        posterior = _ivon(given["optimizer"]).posterior(given["model"])
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            posterior.save(folder / NAME)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **given: Any,
+    ) -> None:
+        found = state_of(_ivon(given["optimizer"]), given["model"])
+        state.log_history[-1].update(found)
+        if logs is not None:
+            logs.update(found)
+
+
+def state_of(opt: IVON, model: nn.Module) -> dict[str, float]:
+    """What :class:`PosteriorCallback` logs."""
+    posterior = opt.posterior(model)
+    ratio = [
+        (v.rsqrt() / posterior.mean[k].abs()).flatten() for k, v in posterior.precision.items()
+    ]
+    moved, total = 0, 0
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if "hess" in (state := opt.state.get(p, {})):
+                off = (state["hess"] - group["hess_init"]).abs() > 0.1 * group["hess_init"]
+                moved, total = moved + int(off.sum()), total + off.numel()
+    return {
+        "posterior/noise_to_weight": torch.cat(ratio).median().item(),
+        "posterior/moved": moved / max(total, 1),
+    }
+
+
+def _ivon(optimizer: Any) -> IVON:
+    """The optimizer inside Accelerate's wrapper."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, IVON):
+        raise TypeError(f"PosteriorCallback needs IVON, but Trainer trains with {type(inner)}")
+    return inner

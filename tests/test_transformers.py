@@ -1,0 +1,248 @@
+"""Hugging Face's Trainer trains as the plain loop does, on the same noise, to the bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from posterity import IVON, Posterior, predict
+from posterity_studies.data import packages
+
+transformers = pytest.importorskip("transformers")
+PosteriorCallback = pytest.importorskip("posterity.integrations.transformers").PosteriorCallback
+pytestmark = pytest.mark.slow
+
+SETTINGS = {"lr": 0.3, "ess": 96.0, "hess_init": 0.3, "betas": (0.9, 0.99), "seed": 3}
+DATA = [
+    {
+        "input_ids": torch.randint(50, (6,), generator=torch.Generator().manual_seed(i)),
+        "labels": i % 3,
+    }
+    for i in range(96)
+]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        **small,
+        vocab_size=50,
+        intermediate_size=32,
+        max_position_embeddings=8,
+        num_labels=3,
+        **none,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+class Seen(transformers.TrainerCallback):
+    """What Trainer showed: the batches, in order, and the weights when it evaluated and saved."""
+
+    def __init__(self, model):
+        self.batches, self.evaluated = [], []
+        self.handle = model.register_forward_pre_hook(self.look, with_kwargs=True)
+
+    def look(self, model, args, kwargs):
+        if model.training:
+            self.batches.append({k: v.clone() for k, v in kwargs.items() if v is not None})
+        else:
+            self.evaluated.append(weights(model))
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def trainer(
+    model, folder, callbacks=(), optimizers=(None, None), train=DATA, settings=SETTINGS, **given
+):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        **{
+            **{"use_cpu": True, "report_to": [], "per_device_train_batch_size": 8, "max_steps": 6},
+            **{"lr_scheduler_type": "constant", "weight_decay": 0.01, "disable_tqdm": True},
+            **{"save_strategy": "no", "logging_strategy": "no", **given},
+        },
+    )
+    how = {"optimizer_cls_and_kwargs": (IVON, settings)} if optimizers[0] is None else {}
+    return transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=DATA[:16],
+        optimizers=optimizers,
+        callbacks=list(callbacks),
+        **how,
+    )
+
+
+def groups(model):
+    """Trainer's own: no decay for biases and norms, where the prior is flat then."""
+    decayed = [n for n, _ in model.named_parameters() if not ("bias" in n or "LayerNorm" in n)]
+    named = dict(model.named_parameters())
+    rest = [p for n, p in named.items() if n not in decayed]
+    return [
+        {"params": [named[n] for n in decayed], "weight_decay": 0.01},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+def plain(model, batches, accumulate=1, clip=1.0, autocast=False, settings=SETTINGS):
+    opt = IVON(groups(model), **settings)
+    model.train()
+    for first in range(0, len(batches), accumulate):
+        opt.train()
+        for batch in batches[first : first + accumulate]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**batch).loss
+            whole = "num_items_in_batch" in batch  # the model has divided by it then
+            (loss if whole else loss / accumulate).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+        opt.zero_grad()
+    return opt
+
+
+WAYS = [
+    {},
+    {"gradient_accumulation_steps": 2},
+    {"max_grad_norm": 0.05},
+    {"bf16": True},
+    {"gradient_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("given", WAYS, ids=str)
+def test_trainer_is_the_plain_loop(given, model, tmp_path):
+    ours, theirs = copy.deepcopy(model), model
+    seen = Seen(ours)
+    its = trainer(ours, tmp_path, [seen], **given)
+    its.train()
+    opt = plain(
+        theirs,
+        seen.batches,
+        accumulate=given.get("gradient_accumulation_steps", 1),
+        clip=given.get("max_grad_norm", 1.0),
+        autocast=given.get("bf16", False),
+    )
+    equal(weights(ours), weights(theirs))
+    mine = its.optimizer.optimizer.posterior(ours)
+    equal(mine.precision, opt.posterior(theirs).precision)
+
+
+def test_an_optimizer_of_ones_own_with_a_schedule(model, tmp_path):
+    ours, theirs = copy.deepcopy(model), model
+    seen = Seen(ours)
+    opt = IVON(groups(ours), **SETTINGS)
+    schedule = torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0)
+    trainer(ours, tmp_path, [seen], optimizers=(opt, schedule)).train()
+    plain(theirs, seen.batches)
+    equal(weights(ours), weights(theirs))
+
+
+def test_evaluation_and_saving_see_the_mean(model, tmp_path):
+    """In the middle of training too; and evaluating changes nothing."""
+    ours, theirs = copy.deepcopy(model), model
+    seen = Seen(ours)
+    how = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    trainer(ours, tmp_path, [seen], **how).train()
+    for step in (2, 4, 6):
+        mean = copy.deepcopy(theirs)
+        plain(mean, seen.batches[:step])
+        equal(seen.evaluated[(step // 2 - 1) * 2], weights(mean))  # two batches each
+        if step == 4:
+            saved = type(model).from_pretrained(tmp_path / "checkpoint-4")
+            equal(weights(saved), weights(mean))
+    plain(theirs, seen.batches)
+    equal(weights(ours), weights(theirs))
+
+
+def test_resumed_from_a_checkpoint_the_run_has_the_same_bits(model, tmp_path):
+    whole, killed = copy.deepcopy(model), copy.deepcopy(model)
+    how = {"save_strategy": "steps", "save_steps": 2}
+    trainer(whole, tmp_path / "whole", **how).train()
+    trainer(killed, tmp_path / "killed", **how, callbacks=[StopAt(3)]).train()
+    resumed = copy.deepcopy(model)
+    its = trainer(resumed, tmp_path / "killed", **how)
+    its.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-2"))
+    equal(weights(resumed), weights(whole))
+
+
+class StopAt(transformers.TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_where_the_prior_is_flat_the_posterior_is_proper(model, tmp_path):
+    """The no-decay group's prior has precision 0: its Hessian alone holds the posterior."""
+    its = trainer(model, tmp_path)
+    its.train()
+    posterior = its.optimizer.optimizer.posterior(model)
+    assert posterior.prior_precision["classifier.bias"] == 0
+    assert posterior.prior_precision["classifier.weight"] > 0
+    assert all((p > 0).all() and p.isfinite().all() for p in posterior.precision.values())
+
+
+def test_the_callback_saves_the_posterior_and_logs_its_state(model, tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 3, "logging_strategy": "steps"}
+    its = trainer(model, tmp_path, [PosteriorCallback()], logging_steps=3, **how)
+    its.train()
+    final = its.optimizer.optimizer.posterior(model)
+    saved = Posterior.load(tmp_path / "checkpoint-6" / "posterior.safetensors")
+    equal(saved.mean, final.mean)
+    equal(saved.precision, final.precision)
+    assert (tmp_path / "checkpoint-3" / "posterior.safetensors").exists()
+    logged = [line for line in its.state.log_history if "posterior/noise_to_weight" in line]
+    assert [line["step"] for line in logged[:2]] == [3, 6]
+    assert 0 < logged[0]["posterior/moved"] <= 1
+    inputs = torch.stack([row["input_ids"] for row in DATA[:8]])
+    prediction = predict(model, saved, {"input_ids": inputs}, samples=4)
+    assert prediction.probs.shape == (8, 3)
+
+
+@pytest.mark.network
+def test_minilm_learns_sentiment_from_real_sentences_as_in_the_plain_loop(tmp_path):
+    minilm = packages.folder("minilm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    texts, labels = packages.sentiment("movies")
+    assert len(texts) == 10_568
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    how = {"truncation": True, "max_length": 24, "padding": "max_length", "return_tensors": "pt"}
+
+    def rows(chosen):
+        tokens = tokenizer([texts[i] for i in chosen], **how)
+        return [
+            {"labels": labels[i], **{k: v[n] for k, v in tokens.items()}}
+            for n, i in enumerate(chosen)
+        ]
+
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    ours = load(minilm, num_labels=2, **quiet)
+    theirs, seen = copy.deepcopy(ours), Seen(ours)
+    settings = {**SETTINGS, "lr": 1.0, "ess": 1e9, "hess_init": 1e-3, "clip_radius": 0.1}
+    its = trainer(ours, tmp_path, [seen], settings=settings, max_steps=40, train=rows(order[:640]))
+    its.args.per_device_train_batch_size = 16
+    its.train()
+    plain(theirs, seen.batches, settings=settings)
+    equal(weights(ours), weights(theirs))
+    test = rows(order[-256:])
+    inputs = {k: torch.stack([row[k] for row in test]) for k in test[0] if k != "labels"}
+    posterior = its.optimizer.optimizer.posterior(ours)
+    prediction = predict(ours, posterior, inputs, samples=4, batch_size=64)
+    right = prediction.labels == torch.tensor([row["labels"] for row in test])
+    assert right.double().mean() > 0.62  # 40 steps; half is chance
