@@ -86,19 +86,19 @@ def trainer(
     )
 
 
-def groups(model):
+def groups(model, decay=0.01):
     """Trainer's own: no decay for biases and norms, where the prior is flat then."""
     decayed = [n for n, _ in model.named_parameters() if not ("bias" in n or "LayerNorm" in n)]
     named = dict(model.named_parameters())
     rest = [p for n, p in named.items() if n not in decayed]
     return [
-        {"params": [named[n] for n in decayed], "weight_decay": 0.01},
+        {"params": [named[n] for n in decayed], "weight_decay": decay},
         {"params": rest, "weight_decay": 0.0},
     ]
 
 
-def plain(model, batches, accumulate=1, clip=1.0, autocast=False, settings=SETTINGS):
-    opt = IVON(groups(model), **settings)
+def plain(model, batches, accumulate=1, clip=1.0, autocast=False, decay=0.01, settings=SETTINGS):
+    opt = IVON(groups(model, decay), **settings)
     model.train()
     for first in range(0, len(batches), accumulate):
         opt.train()
@@ -235,10 +235,11 @@ def test_minilm_learns_sentiment_from_real_sentences_as_in_the_plain_loop(tmp_pa
     ours = load(minilm, num_labels=2, **quiet)
     theirs, seen = copy.deepcopy(ours), Seen(ours)
     settings = {**SETTINGS, "lr": 1.0, "ess": 1e9, "hess_init": 1e-3, "clip_radius": 0.1}
+    settings["betas"] = (0.9, 0.9999)
     its = trainer(ours, tmp_path, [seen], settings=settings, max_steps=40, train=rows(order[:640]))
-    its.args.per_device_train_batch_size = 16
+    its.args.per_device_train_batch_size, its.args.weight_decay = 16, 1e-4
     its.train()
-    plain(theirs, seen.batches, settings=settings)
+    plain(theirs, seen.batches, decay=1e-4, settings=settings)
     equal(weights(ours), weights(theirs))
     test = rows(order[-256:])
     inputs = {k: torch.stack([row[k] for row in test]) for k in test[0] if k != "labels"}
