@@ -1,10 +1,20 @@
 """Variational learning of deep networks: IVON, and the Gaussian posterior it leaves."""
 
 from . import metrics
+from .batchnorm import update_bn
 from .distributed import reduce_per_rank
 from .ivon import IVON
 from .posterior import Mixture, Posterior
 from .prediction import Prediction, predict
 
-__all__ = ["IVON", "Mixture", "Posterior", "Prediction", "metrics", "predict", "reduce_per_rank"]
+__all__ = [
+    "IVON",
+    "Mixture",
+    "Posterior",
+    "Prediction",
+    "metrics",
+    "predict",
+    "reduce_per_rank",
+    "update_bn",
+]
 __version__ = "0.1.0"
