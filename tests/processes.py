@@ -57,39 +57,43 @@ def found(model, opt):
     }
 
 
-def step(model, opt, batches, way="context"):
+def step(model, opt, batches, way="context", accumulate=1, clip=None, autocast=False):
     """A step from one sample for each batch."""
     if way == "train":
         opt.train()
-        opt.zero_grad()
-        loss_of(model, batches[0]).backward()
-    else:
-        for batch in batches:
-            with opt.sampled_params(train=True):
-                opt.zero_grad()
-                loss_of(model, batch).backward()
+    for batch in batches:
+        with opt.sampled_params(train=True) if way == "context" else nullcontext():
+            opt.zero_grad()
+            for part in zip(*(t.chunk(accumulate) for t in batch), strict=True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    (loss_of(model, part) / accumulate).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
     opt.step()
 
 
-def alone(samples=1, parts=1, steps=STEPS, dtype=torch.float32, width=5, **settings):
-    """A single process: of each step ``samples`` samples, the i-th on part i mod ``parts``."""
+def alone(samples=1, parts=1, steps=STEPS, dtype=torch.float32, width=5, how=None, **settings):
+    """A single process: of each step ``samples`` samples, the i-th on part i mod ``parts``.
+
+    ``how``: what else :func:`step` is told.
+    """
     model = network(dtype, width)
     opt = IVON(model.parameters(), **SETTINGS | settings)
     for i in range(steps):
-        step(model, opt, [data(i, j % parts, parts) for j in range(samples)])
+        step(model, opt, [data(i, j % parts, parts) for j in range(samples)], **how or {})
     return found(model, opt)
 
 
 # -- scenarios ------------------------------------------------------------------------------------
 
 
-def ddp(rank, ranks, way="context", **settings):
+def ddp(rank, ranks, how=None, **settings):
     model = nn.parallel.DistributedDataParallel(network())
     torch.manual_seed(rank)  # ranks that would draw seeds of their own
     opt = IVON(model.parameters(), **{**SETTINGS, "seed": None, **settings})
     opt.param_groups[0]["seed"] = SETTINGS["seed"] + rank  # the first one's counts
     for i in range(STEPS):
-        step(model, opt, [data(i, rank, ranks)], way)
+        step(model, opt, [data(i, rank, ranks)], **how or {})
     return found(model, opt)
 
 
@@ -129,7 +133,7 @@ def sharded(model, ranks, mesh=None, dimension=0, **how):
 
 
 def fsdp(
-    rank, ranks, mesh=None, dimension=0, bf16=False, way="context", look=False, width=5, **settings
+    rank, ranks, mesh=None, dimension=0, bf16=False, how=None, look=False, width=5, **settings
 ):
     """``look``: forward passes at evaluation samples, and one at the mean."""
     model = network(torch.bfloat16 if bf16 else torch.float32, width)
@@ -137,7 +141,7 @@ def fsdp(
     opt = IVON(model.parameters(), **SETTINGS | settings)
     looks = []
     for i in range(STEPS):
-        step(model, opt, [data(i, rank, ranks)], way)
+        step(model, opt, [data(i, rank, ranks)], **how or {})
         if look:  # forward passes without backward passes: the root stays gathered
             for _ in range(2):
                 with opt.sampled_params(), torch.no_grad():

@@ -65,7 +65,18 @@ def test_ddp_with_a_shared_sample_is_one_process_with_the_joined_batch(changes, 
 
 @slow
 def test_ddp_takes_the_seed_of_the_first_rank_on_four_ranks_too(tmp_path):
-    same(torchrun(4, "ddp", tmp_path, way="train"), alone())
+    same(torchrun(4, "ddp", tmp_path, how={"way": "train"}), alone())
+
+
+HOW = [{"accumulate": 2}, {"clip": 0.05}, {"autocast": True}]
+
+
+@slow
+@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_accumulation_clipping_and_autocast_on_ranks(kind, how, tmp_path):
+    rounding = 2e-2 if "autocast" in how else 1e-6  # of the parts of a batch in bfloat16
+    same(torchrun(2, kind, tmp_path, how=how), alone(how=how), rounding)
 
 
 PER_RANK = [
@@ -100,7 +111,7 @@ def test_per_rank_without_its_hook_or_reduced_twice_says_what_to_do(tmp_path):
 
 FSDP = [
     (2, {}, {}),
-    (2, {"way": "train"}, {}),
+    (2, {"how": {"way": "train"}}, {}),
     (2, {"store_mean": False}, {"store_mean": False}),
     (2, {"fused": False}, {"fused": False}),
     (2, {"dimension": 1, "width": 6}, {"width": 6}),  # parts that are not contiguous
