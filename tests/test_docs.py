@@ -13,9 +13,8 @@ PAGES = sorted(p for p in DOCS.rglob("*.md") if "```python" in p.read_text())
 NEEDS = {"transformers": "transformers", "accelerate": "accelerate", "peft": "peft"}
 NEEDS["lightning"] = "lightning"
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(DOCS)))
 def test_page(page, tmp_path):
     if page.stem in NEEDS:
@@ -31,3 +30,12 @@ def test_page(page, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_link_to_a_test_names_one():
+    links = re.findall(
+        r"\]\(\.\./(tests/\S+\.py) \"(\w+)\"\)", (DOCS / "frameworks.md").read_text()
+    )
+    assert len(links) > 20
+    for file, name in links:
+        assert f"\ndef {name}(" in (DOCS.parent / file).read_text(), (file, name)
