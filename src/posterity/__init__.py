@@ -1,7 +1,6 @@
 """Variational learning of deep networks: IVON, and the Gaussian posterior it leaves."""
 
 from . import metrics
-from .batchnorm import update_bn
 from .distributed import reduce_per_rank
 from .ivon import IVON
 from .posterior import Mixture, Posterior
