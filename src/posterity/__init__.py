@@ -4,7 +4,16 @@ from . import metrics
 from .distributed import reduce_per_rank
 from .ivon import IVON
 from .posterior import Mixture, Posterior
-from .prediction import Prediction, predict
+from .prediction import Prediction, predict, update_bn
 
-__all__ = ["IVON", "Mixture", "Posterior", "Prediction", "metrics", "predict", "reduce_per_rank"]
+__all__ = [
+    "IVON",
+    "Mixture",
+    "Posterior",
+    "Prediction",
+    "metrics",
+    "predict",
+    "reduce_per_rank",
+    "update_bn",
+]
 __version__ = "0.1.0"

@@ -100,7 +100,7 @@ class PosteriorCallback(Callback):
         if self.save and trainer.optimizers:  # on every rank: sharded parameters need all
             self.posterior = _ivon(trainer).posterior(pl_module)
 
-    def teardown(self, trainer: Trainer, *_: Any) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._hook is not None:
             self._hook.remove()
         if isinstance(files := trainer.strategy.checkpoint_io, _Beside):
