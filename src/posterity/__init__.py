@@ -4,7 +4,7 @@ from . import metrics
 from .distributed import reduce_per_rank
 from .ivon import IVON
 from .posterior import Mixture, Posterior
-from .prediction import Prediction, predict
+from .prediction import Prediction, predict, update_bn
 
 __all__ = [
     "IVON",
