@@ -21,10 +21,11 @@ STEPS = 20
 SETTINGS = {"lr": 0.3, "ess": 200.0, "hess_init": 0.3, "betas": (0.9, 0.99), "seed": 5}
 
 
-def network(dtype=torch.float32, width=5):
+def network(dtype=torch.float32, width=5, norm=False):
     """Five and three rows: uneven shards, and an empty one on four ranks."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)).to(dtype)
+    layers = [nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)]
+    return nn.Sequential(*([nn.LayerNorm(8)] if norm else []), *layers).to(dtype)
 
 
 def data(step, part=0, parts=1):
@@ -72,12 +73,14 @@ def step(model, opt, batches, way="context", accumulate=1, clip=None, autocast=F
     opt.step()
 
 
-def alone(samples=1, parts=1, steps=STEPS, dtype=torch.float32, width=5, how=None, **settings):
+def alone(
+    samples=1, parts=1, steps=STEPS, dtype=torch.float32, width=5, norm=False, how=None, **settings
+):
     """A single process: of each step ``samples`` samples, the i-th on part i mod ``parts``.
 
     ``how``: what else :func:`step` is told.
     """
-    model = network(dtype, width)
+    model = network(dtype, width, norm)
     opt = IVON(model.parameters(), **SETTINGS | settings)
     for i in range(steps):
         step(model, opt, [data(i, j % parts, parts) for j in range(samples)], **how or {})
@@ -170,21 +173,74 @@ def mixed(rank, ranks, **settings):
     return found(model, opt)
 
 
-def tensor_parallel(rank, ranks, **settings):
+def tensor_parallel(rank, ranks, norm=False, **settings):
+    """``norm``: with a LayerNorm whose gradient is partial, as sequence parallelism leaves it."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
+        SequenceParallel,
         parallelize_module,
     )
 
-    model = network(width=6)  # it knows no uneven parts
+    model = network(width=6, norm=norm)  # it knows no uneven parts
     mesh = init_device_mesh("cpu", (ranks,))
-    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    if norm:
+        rows = {"input_layouts": Shard(0)}
+        parts = {"0": SequenceParallel(sequence_dim=0), "1": ColwiseParallel(**rows)}
+        parallelize_module(model, mesh, {**parts, "3": RowwiseParallel()})
+    else:
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     opt = IVON(model.parameters(), **SETTINGS | settings)
     for i in range(STEPS):
-        step(model, opt, [data(i)])
+        step(model, opt, [(data(i, rank, ranks)[0] if norm else data(i)[0], data(i)[1])])
     return found(model, opt)
+
+
+def dropped(rank, ranks):
+    """One rank leaves a context by an exception, before any gradient; all go on."""
+    model = nn.parallel.DistributedDataParallel(network())
+    opt = IVON(model.parameters(), **SETTINGS)
+    for i in range(STEPS):
+        if i == 3 and rank == 1:
+            try:
+                with opt.sampled_params(train=True):
+                    raise ValueError
+            except ValueError:
+                pass
+        step(model, opt, [data(i, rank, ranks)])
+    return found(model, opt)
+
+
+def misplaced(rank, ranks):
+    """What a state of other placements, and predicting one's own part of the data, are told."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, said = init_device_mesh("cpu", (ranks,)), []
+    p, q = (
+        nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [place]))
+        for place in (Replicate(), Shard(0))
+    )
+    ours, theirs = IVON([p], **SETTINGS), IVON([q], **SETTINGS)
+    theirs.posterior([("w", q)])
+    (late := (q * q).sum().to_local()) if ranks > 1 else None
+    with theirs.sampled_params():
+        pass
+    model = network()
+    posterior = IVON(model.parameters(), **SETTINGS).posterior(model)
+    for attempt in (
+        lambda: ours.load_state_dict(theirs.state_dict()),
+        lambda: late.backward(),
+        lambda: predict(model, posterior, data(0, rank, ranks)[0], samples=4, distributed=True),
+    ):
+        try:
+            attempt()
+            said.append("")
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+    return {"mean": dict(posterior.mean), "said": said}
 
 
 def both_parallel(rank, ranks):

@@ -149,8 +149,22 @@ def test_a_sample_reaches_the_modules_that_fsdp2_left_gathered(tmp_path):
 
 
 @slow
-def test_tensor_parallelism_is_one_process(tmp_path):
-    same(torchrun(2, "tensor_parallel", tmp_path), alone(width=6))
+@pytest.mark.parametrize("norm", [False, True])
+def test_tensor_parallelism_is_one_process(norm, tmp_path):
+    same(torchrun(2, "tensor_parallel", tmp_path, norm=norm), alone(width=6, norm=norm))
+
+
+@slow
+def test_a_sample_that_one_rank_drops_parts_no_ranks(tmp_path):
+    same(torchrun(2, "dropped", tmp_path), alone())
+
+
+@slow
+def test_what_ranks_must_not_do_is_an_error(tmp_path):
+    state, late, parts = torchrun(2, "misplaced", tmp_path)["said"]
+    assert "set_optimizer_state_dict" in state
+    assert "modified by an inplace operation" in late
+    assert "every rank must pass all the data" in parts
 
 
 @slow

@@ -55,6 +55,13 @@ def check(groups: list[Group], loaded: dict[str, Any]) -> None:
                     f"{name} of parameter {number} has shape {tuple(state[name].shape)} in the "
                     f"checkpoint, but the parameter has {tuple(p.shape)}"
                 )
+            if is_sharded(p) and is_sharded(state[name]):
+                theirs, ours = (t.placements for t in (state[name], p))  # pyright: ignore
+                if theirs != ours:
+                    raise ValueError(
+                        f"{name} of parameter {number} is placed {theirs} in the checkpoint, the "
+                        f"parameter {ours}: load it by set_optimizer_state_dict"
+                    )
             if is_sharded(state[name]) != is_sharded(p):
                 raise ValueError(
                     f"{name} of parameter {number} is {'whole' if is_sharded(p) else 'sharded'} in "

@@ -73,6 +73,16 @@ def like(values: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def placed(t: Tensor, p: Tensor) -> Tensor:
+    """A DTensor's gradient in the parts of its parameter; all ranks must call this."""
+    if not is_sharded(t):
+        raise RuntimeError(f"a sharded parameter {tuple(p.shape)} has a gradient that is not")
+    if t.placements == p.placements:  # pyright: ignore
+        return t
+    return t.redistribute(p.device_mesh, p.placements)  # pyright: ignore
+
+
+@torch.no_grad()
 def whole(t: Tensor) -> Tensor:
     """A tensor from the parts of all ranks, which must all call this."""
     return t.full_tensor() if is_sharded(t) else t  # pyright: ignore
@@ -150,7 +160,8 @@ def reduce_per_rank(optimizer: Any, bucket: GradBucket) -> torch.futures.Future[
     Every rank draws a sample of its own, so W ranks are W Monte Carlo samples. The estimator of
     the Hessian needs the product of each rank's own gradient and displacement, before gradients
     are averaged: this hook makes it and averages both, while the backward pass goes on. That is
-    twice the words of plain data parallelism.
+    twice the words of plain data parallelism. Both are averaged over all ranks: a
+    DistributedDataParallel over some of them only (``process_group=``) is not for this hook.
 
     Example::
 

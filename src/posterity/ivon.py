@@ -16,7 +16,16 @@ from . import checkpoint, distributed, groups, ops
 from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
-from .sampling import Draw, Slot, Window, forget_copies, mean_at_rest, params_of, state_of
+from .sampling import (
+    Draw,
+    Slot,
+    Window,
+    forget_copies,
+    mean_at_rest,
+    params_of,
+    state_of,
+    touch,
+)
 
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
@@ -180,19 +189,23 @@ class IVON(Optimizer):
 
     def _slots(self) -> list[Slot]:
         """Every trainable parameter; its state is made on first use and follows it when moved."""
-        known = self._known
-        if len(self.state) < len(known):
-            known.clear()
-        slots, number = [], -1
+        known, slots, number, sharded = self._known, [], -1, False
         for group in self.param_groups:
             for p in group["params"]:
                 number += 1
                 if p.requires_grad:
                     slot = known.get(number)
-                    if slot is None or not slot.fits(p, group):
+                    state = self.state.get(p)
+                    if slot is None or slot.state is not state or not slot.fits(p, group):
                         slot = known[number] = Slot(p, group, self._state(p, group), number)
+                        sharded = sharded or slot.pieces is not None
                         self._window.renew(slot)
                     slots.append(slot)
+        if sharded:
+            distributed.gathered.find()
+        if len(slots) < len(known):  # frozen since, or gone
+            self._known = {slot.number: slot for slot in slots}
+            self._window.prune(self._known)
         return slots
 
     @torch.inference_mode(False)  # state made while evaluating must serve training too
@@ -283,8 +296,15 @@ class IVON(Optimizer):
                 self._hold()
             except BaseException:
                 with torch.no_grad():
-                    self._window.drop()
+                    self._drop()
                 raise
+
+    def _drop(self) -> None:
+        """Drop the latest sample. Among ranks, one may drop it alone: they must not drift apart."""
+        draw = self._window.draw
+        if draw is not None and not distributed.alone():
+            groups.count(self.param_groups, "draws", -draw.counted)
+        self._window.drop()
 
     def _new_draw(self, way: str) -> None:
         self._guard_capture()
@@ -489,6 +509,7 @@ class IVON(Optimizer):
                     draw.forget([s for s, p, version in versions if p._version != version])
             for slot in run:
                 slot.state.pop("rounded", None)
+            touch(run)
         forget_copies()
         return None
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import distributed
 from .distributed import local
-from .groups import Group, low_precision
+from .groups import Group, low_precision, state_dtype
 from .ops import Ops, choose
 from .ops.noise import Noise
 
@@ -37,13 +38,12 @@ TWICE = (
 class Slot:
     """A parameter, its group, its state, and its number: the third word of its noise."""
 
-    __slots__ = ("dtype", "group", "number", "param", "pieces", "state")
+    __slots__ = ("dtype", "group", "number", "param", "pieces", "state", "state_dtype")
 
     def __init__(self, param: Tensor, group: Group, state: dict[str, Any], number: int):
         self.param, self.group, self.state, self.number = param, group, state, number
-        self.dtype, self.pieces = param.dtype, distributed.pieces(param)
-        if self.pieces is not None:
-            distributed.gathered.find()
+        self.dtype, self.state_dtype = param.dtype, state_dtype(param)
+        self.pieces = distributed.pieces(param)
 
     @property
     def values(self) -> Tensor:
@@ -54,13 +54,14 @@ class Slot:
         """Whether this is still that parameter in that group, where and as it was."""
         hess = self.state["hess"]
         return (self.param is p and self.group is group and self.dtype == p.dtype) and (
-            hess.device == p.device and hess.shape == p.shape
+            hess.dtype == self.state_dtype and hess.device == p.device and hess.shape == p.shape
         )
 
     @property
     def ops(self) -> Ops:
         """The implementation that runs for it now; the parameter may have moved since the draw."""
-        return choose(self.param, self.group["fused"], self.group["capturable"])
+        scattered = self.pieces is not None and len(self.pieces) > 1
+        return choose(self.values, self.group["fused"], self.group["capturable"], scattered)
 
     @property
     def width(self) -> dict[str, Any]:
@@ -161,6 +162,7 @@ class Draw:
                     self.slots[s.number] = s
                     if keep:
                         self.means[s.number] = m
+            touch(slots)
 
     def width(self, slot: Slot) -> dict[str, Any]:
         """The settings that made σ when θ was drawn."""
@@ -218,6 +220,7 @@ class Draw:
                     if p._version != version:
                         s.state["rounded"] = True
                         self.means[s.number] = p
+        touch(self.slots.values())
         self.means, self.live = {}, False
         forget_copies()
 
@@ -238,6 +241,12 @@ class Draw:
         width = self.width(slot)
         slot.ops.unsample([mean], state_of([slot], "hess"), self.noise([slot]), **width)
         return mean
+
+
+def touch(slots: Iterable[Slot]) -> None:
+    """Tell autograd that DTensors were written: it watches them, not this rank's memory."""
+    if parts := [s.param for s in slots if s.pieces is not None]:
+        increment_version(parts)
 
 
 def forget_copies() -> None:
@@ -268,19 +277,25 @@ class Window:
         self.sealed: list[tuple[Tensor, Tensor | None, int]] = []
         self.aside: dict[int, Tensor] = {}  # the means, while an evaluation sample stands
         self.spare: Spare = {}
-        self._last: tuple[list[Slot], Runs] = [], []
+        self._last: tuple[list[Slot], Any, Runs] = [], None, []
 
     def runs(self, slots: list[Slot]) -> Runs:
         """As :func:`runs`, of slots that fit; mostly the same ones as the last time."""
-        if slots != self._last[0]:
-            self._last = slots, runs(slots)
-        return self._last[1]
+        fused = slots[0].group["fused"] if slots else None
+        if (slots, fused) != self._last[:2]:
+            self._last = slots, fused, runs(slots)
+        return self._last[2]
 
     def renew(self, slot: Slot) -> None:
         """Know a parameter that has moved since its sample was drawn as it is now."""
         draw = self.draw
         if draw is not None and (old := draw.slots.get(slot.number)) and old.param is slot.param:
             draw.slots[slot.number] = slot
+
+    def prune(self, numbers: Iterable[int]) -> None:
+        """Keep memory for the means of these parameters alone."""
+        self.spare = {n: self.spare[n] for n in numbers if n in self.spare}
+        self._last = [], None, []
 
     def mean(self, slot: Slot) -> Tensor:
         """The mean in the state's precision, whatever stands in the parameter."""
@@ -307,11 +322,13 @@ class Window:
                     mine = [means[s.number] for s in run]
                     hess, noise = state_of(run, "hess"), draw.noise(run)
                     ops.sample(params_of(run), mine, hess, noise, **run[0].width)
+                touch(slots)
             yield
         finally:
             with torch.no_grad():
                 for p, value in standing:
                     p.copy_(value)
+                touch(slots)
             self.aside = {}
             forget_copies()
 
@@ -337,7 +354,7 @@ class Window:
             draw.held = {number: (g, g._version) for number, g in grads if g is not None}
 
     def drop(self) -> None:
-        """Restore the mean and forget the sample with its gradients."""
+        """Restore the mean and forget the latest sample with its gradients."""
         if draw := self.draw:
             draw.leave()
             for s in draw.slots.values():
@@ -416,7 +433,7 @@ class Window:
                     f"{tuple(p.shape)} got a {grad.layout} one: pass sparse=False to nn.Embedding"
                 )
             slots.append(slot)
-            grads.append(grad if slot.pieces is None else local(grad))
+            grads.append(grad if slot.pieces is None else local(distributed.placed(grad, p)))
         return slots, grads
 
     def contribution(self) -> Iterator[tuple[Slot, dict[str, Any]]]:

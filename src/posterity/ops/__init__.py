@@ -50,12 +50,15 @@ def _fused(
     return cpu.missing() or cpu.passes
 
 
-def _best(p: Tensor, capturable: bool) -> fused.Fused | str:
-    scattered = is_sharded(p) and len(pieces(p) or ()) > 1
+def _best(p: Tensor, capturable: bool, scattered: bool | None = None) -> fused.Fused | str:
+    if scattered is None:
+        scattered = is_sharded(p) and len(pieces(p) or ()) > 1
     return _fused(type(local(p)), p.dtype, p.device.type, capturable, scattered)
 
 
-def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> Ops:
+def choose(
+    p: Tensor, fused: bool | None, capturable: bool = False, scattered: bool | None = None
+) -> Ops:
     """The implementation that runs for a parameter.
 
     Args:
@@ -63,13 +66,14 @@ def choose(p: Tensor, fused: bool | None, capturable: bool = False) -> Ops:
         fused: None takes the best one there is, True insists on a fused one, False asks for the
             reference.
         capturable: whether counters are tensors that the host must not read.
+        scattered: whether this rank's part of a DTensor is in several pieces; None finds out.
 
     Raises:
         RuntimeError: ``fused=True`` and no fused implementation runs for it.
     """
     if fused is False:
         return reference
-    found = _best(p, capturable)
+    found = _best(p, capturable, scattered)
     if not isinstance(found, str):
         return found
     if fused:
