@@ -235,12 +235,12 @@ def test_shared_parameters_are_one_parameter(way, compiled):
 
 
 @each_way
-@pytest.mark.parametrize("kind", ["weight_norm", "matrix_exp", "cayley"])
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "matrix_exp", "cayley"])
 def test_parametrizations(way, kind):
     """What is trained is what lies under a parametrization; the model sees its image."""
     model, _ = make()
-    if kind == "weight_norm":
-        parametrizations.weight_norm(model[0])
+    if kind.endswith("norm"):
+        getattr(parametrizations, kind)(model[0])
     else:
         parametrizations.orthogonal(model[0], orthogonal_map=kind)
     opt = IVON(model.parameters(), **LR)
@@ -254,9 +254,10 @@ def test_parametrizations(way, kind):
     for _ in range(4):
         way(opt, backwards)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations([first, *seen], 2))
-    if kind != "weight_norm":
+    if not kind.endswith("norm"):
         for weight in [*seen, model[0].weight]:
             torch.testing.assert_close(weight.T @ weight, torch.eye(3))
+    model.eval()  # spectral_norm goes on with its power iteration in train mode
     posterior = opt.posterior(model)
     assert any(name.startswith("0.parametrizations.weight.original") for name in posterior.names)
     predict(model, posterior, X, samples=2)

@@ -18,7 +18,7 @@ from ways import assert_same, bits, weights
 
 lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO  # noqa: E402
 
 from posterity.integrations.lightning import PosteriorCallback  # noqa: E402
 
@@ -291,6 +291,22 @@ def test_validation_shows_the_posterior_beside_the_mean():
     assert_same(weights(model), weights(unseen))
 
 
+def test_the_posterior_predicts_in_the_trainers_precision():
+    class Seen(Classifier):
+        def forward(self, x):
+            logits = super().forward(x)
+            self.seen.append(logits.dtype)
+            return logits
+
+        def validation_step(self, batch, index):
+            pass
+
+    model = Seen()
+    once = {"max_epochs": 1, "num_sanity_val_steps": 0, "precision": "bf16-mixed"}
+    fit(model, PosteriorCallback(samples=2), validate=True, **once)
+    assert model.seen == [BF16] * 6 * (1 + 1 + 2)  # training, the mean, two samples
+
+
 def test_a_posterior_lies_beside_every_checkpoint(tmp_path):
     model, callback = Classifier(), PosteriorCallback(samples=2)
     saves = ModelCheckpoint(tmp_path, monitor="mean/nll", save_top_k=1, save_last=True)
@@ -303,6 +319,12 @@ def test_a_posterior_lies_beside_every_checkpoint(tmp_path):
     expected = trainer.optimizers[0].posterior(model)
     for part in ("mean", "precision", "prior_precision"):
         assert_same(getattr(posterior, part), getattr(expected, part))
+
+
+def test_nothing_stays_behind():
+    trainer = fit(Classifier(), PosteriorCallback())
+    assert type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

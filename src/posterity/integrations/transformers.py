@@ -8,13 +8,20 @@ It calls ``optimizer.train()`` before each batch and ``optimizer.eval()`` before
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posterity import IVON
+from ..ivon import IVON
+
+if TYPE_CHECKING:  # it need not be installed
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+else:
+    try:
+        from transformers import TrainerCallback
+    except ImportError:  # there is then no Trainer to give the callback to
+        TrainerCallback = object
 
 NAME = "posterior.safetensors"
 
