@@ -173,8 +173,10 @@ def test_resumed_from_a_checkpoint_the_run_has_the_same_bits(model, tmp_path):
     trainer(whole, tmp_path / "whole", **how).train()
     trainer(killed, tmp_path / "killed", **how, callbacks=[StopAt(3)]).train()
     resumed = copy.deepcopy(model)
-    its = trainer(resumed, tmp_path / "killed", **how)
+    seen = Seen(resumed)
+    its = trainer(resumed, tmp_path / "killed", [seen], **how)
     its.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-2"))
+    assert len(seen.batches) == 4  # of six
     equal(weights(resumed), weights(whole))
 
 
@@ -201,9 +203,10 @@ def test_the_callback_saves_the_posterior_and_logs_its_state(model, tmp_path):
     its = trainer(model, tmp_path, [PosteriorCallback()], logging_steps=3, **how)
     its.train()
     final = its.optimizer.optimizer.posterior(model)
-    saved = Posterior.load(tmp_path / "checkpoint-6" / "posterior.safetensors")
-    equal(saved.mean, final.mean)
-    equal(saved.precision, final.precision)
+    for folder in (tmp_path / "checkpoint-6", tmp_path):
+        saved = Posterior.load(folder / "posterior.safetensors")
+        equal(saved.mean, final.mean)
+        equal(saved.precision, final.precision)
     assert (tmp_path / "checkpoint-3" / "posterior.safetensors").exists()
     logged = [line for line in its.state.log_history if "posterior/noise_to_weight" in line]
     assert [line["step"] for line in logged[:2]] == [3, 6]
@@ -211,6 +214,42 @@ def test_the_callback_saves_the_posterior_and_logs_its_state(model, tmp_path):
     inputs = torch.stack([row["input_ids"] for row in DATA[:8]])
     prediction = predict(model, saved, {"input_ids": inputs}, samples=4)
     assert prediction.probs.shape == (8, 3)
+
+
+def test_the_callback_saves_at_the_end_without_checkpoints(model, tmp_path):
+    its = trainer(model, tmp_path, [PosteriorCallback()])
+    its.evaluate()  # when there is no optimizer yet
+    its.train()
+    equal(Posterior.load(tmp_path / "posterior.safetensors").mean, weights(model))
+
+
+def test_the_best_model_loaded_at_the_end_has_its_own_posterior(model, tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "worth"}
+    its = trainer(model, tmp_path, [PosteriorCallback()], **how, **best)
+    its.compute_metrics = lambda _: {"worth": -its.state.global_step}  # the first is the best
+    its.train()
+    posterior = Posterior.load(tmp_path / "posterior.safetensors")
+    equal(posterior.mean, weights(model))
+    first = Posterior.load(tmp_path / "checkpoint-2" / "posterior.safetensors")
+    equal(posterior.precision, first.precision)
+    last = its.optimizer.optimizer.posterior(model).precision
+    assert not torch.equal(posterior.precision["classifier.weight"], last["classifier.weight"])
+
+
+def test_of_a_peft_model_the_callback_saves_the_adapter_alone(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    ours, theirs = peft.get_peft_model(copy.deepcopy(model), lora), model
+    trainer(ours, tmp_path, [PosteriorCallback()], save_strategy="steps", save_steps=6).train()
+    posterior = Posterior.load(tmp_path / "checkpoint-6" / "posterior.safetensors")
+    trained = {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert set(posterior.names) == trained
+    assert not posterior.buffers
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "checkpoint-6")
+    inputs = {"input_ids": torch.stack([row["input_ids"] for row in DATA[:8]])}
+    here, there = (predict(m, posterior, inputs, samples=4) for m in (ours, loaded))
+    assert torch.equal(here.probs, there.probs)
 
 
 @pytest.mark.network
@@ -236,8 +275,8 @@ def test_minilm_learns_sentiment_from_real_sentences_as_in_the_plain_loop(tmp_pa
     theirs, seen = copy.deepcopy(ours), Seen(ours)
     settings = {**SETTINGS, "lr": 1.0, "ess": 1e9, "hess_init": 1e-3, "clip_radius": 0.1}
     settings["betas"] = (0.9, 0.9999)
-    its = trainer(ours, tmp_path, [seen], settings=settings, max_steps=40, train=rows(order[:640]))
-    its.args.per_device_train_batch_size, its.args.weight_decay = 16, 1e-4
+    given = {"max_steps": 40, "per_device_train_batch_size": 16, "weight_decay": 1e-4}
+    its = trainer(ours, tmp_path, [seen], settings=settings, train=rows(order[:640]), **given)
     its.train()
     plain(theirs, seen.batches, decay=1e-4, settings=settings)
     equal(weights(ours), weights(theirs))

@@ -7,6 +7,7 @@ It calls ``optimizer.train()`` before each batch and ``optimizer.eval()`` before
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from ..ivon import IVON
+from ..posterior import Posterior
 
 if TYPE_CHECKING:  # it need not be installed
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,7 +31,9 @@ NAME = "posterior.safetensors"
 class PosteriorCallback(TrainerCallback):
     """Saves the posterior beside every checkpoint, and adds its state to what Trainer logs.
 
-    ``checkpoint-STEP/posterior.safetensors`` is what ``Posterior.load`` reads. Logged are
+    ``checkpoint-STEP/posterior.safetensors`` is what ``Posterior.load`` reads, and so is
+    ``posterior.safetensors`` in the output folder at the end: the best checkpoint's where Trainer
+    loads that. Of a PEFT model it holds the adapter alone. Logged are
     ``posterior/noise_to_weight``, the median over weights of σ/|m|, and ``posterior/moved``, the
     share of the Hessian that is off ``hess_init`` by over a tenth of it. They stand in Trainer's
     log history; callbacks that report elsewhere see them if they come later.
@@ -42,10 +46,22 @@ class PosteriorCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        posterior = _ivon(given["optimizer"]).posterior(given["model"])
+        posterior = posterior_of(_ivon(given["optimizer"]), given["model"])
         if state.is_world_process_zero:
-            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-            posterior.save(folder / NAME)
+            posterior.save(_folder(args) / f"checkpoint-{state.global_step}" / NAME)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            # the weights are that checkpoint's now, but the optimizer's Hessian is the last step's
+            if state.is_world_process_zero:
+                shutil.copy(Path(state.best_model_checkpoint) / NAME, _folder(args) / NAME)
+            return
+        posterior = posterior_of(_ivon(given["optimizer"]), given["model"])
+        if state.is_world_process_zero:
+            _folder(args).mkdir(parents=True, exist_ok=True)
+            posterior.save(_folder(args) / NAME)
 
     def on_log(
         self,
@@ -55,15 +71,24 @@ class PosteriorCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **given: Any,
     ) -> None:
+        if given["optimizer"] is None:  # Trainer evaluates before it has trained
+            return
         found = state_of(_ivon(given["optimizer"]), given["model"])
         state.log_history[-1].update(found)
         if logs is not None:
             logs.update(found)
 
 
+def posterior_of(opt: IVON, model: nn.Module) -> Posterior:
+    """The posterior over the model; over the adapter, without its base, if the model is PEFT's."""
+    if hasattr(model, "peft_config"):
+        return opt.posterior((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return opt.posterior(model)
+
+
 def state_of(opt: IVON, model: nn.Module) -> dict[str, float]:
     """What :class:`PosteriorCallback` logs."""
-    posterior = opt.posterior(model)
+    posterior = posterior_of(opt, model)
     ratio = [
         (v.rsqrt() / posterior.mean[k].abs()).flatten() for k, v in posterior.precision.items()
     ]
@@ -77,6 +102,10 @@ def state_of(opt: IVON, model: nn.Module) -> dict[str, float]:
         "posterior/noise_to_weight": torch.cat(ratio).median().item(),
         "posterior/moved": moved / max(total, 1),
     }
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".")
 
 
 def _ivon(optimizer: Any) -> IVON:
