@@ -229,11 +229,13 @@ def misplaced(rank, ranks):
     with theirs.sampled_params():
         pass
     model = network()
+    unseeded = IVON(model.parameters(), **{**SETTINGS, "seed": None})
     posterior = IVON(model.parameters(), **SETTINGS).posterior(model)
     for attempt in (
         lambda: ours.load_state_dict(theirs.state_dict()),
         lambda: late.backward(),
         lambda: predict(model, posterior, data(0, rank, ranks)[0], samples=4, distributed=True),
+        lambda: unseeded.sampled_params().__enter__(),
     ):
         try:
             attempt()

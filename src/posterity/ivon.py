@@ -137,6 +137,7 @@ class IVON(Optimizer):
         if seed is None:
             settings["seed"] = int(torch.randint(2**63 - 1, ()).item())
         self._reset()
+        self._seeded = seed is not None
         super().__init__(params, {**settings, "draws": 0, "eval_draws": 0, "pending": 0})
 
     def _reset(self) -> None:
@@ -145,6 +146,7 @@ class IVON(Optimizer):
         self._window = Window()
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
+        self._seeded = True  # whether the seed was given: else ranks have their own until then
         self._warned = False
 
     @property
@@ -355,6 +357,11 @@ class IVON(Optimizer):
     def _evaluation_sample(self) -> Iterator[None]:
         with self._within("sampled_params()"):
             self._guard_capture()
+            if not (self._agreed or self._seeded or distributed.alone()):
+                raise RuntimeError(
+                    "ranks have not agreed on a seed yet: build IVON with seed=, or draw a "
+                    "training sample first"
+                )
             slots = self._slots()
             number = -1 - groups.count(self.param_groups, "eval_draws")
             draw = Draw(self._whole["seed"], number, 1, "evaluation")

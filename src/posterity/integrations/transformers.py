@@ -18,7 +18,12 @@ from ..ivon import IVON
 from ..posterior import Posterior
 
 if TYPE_CHECKING:  # it need not be installed
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (  # pyright: ignore
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 else:
     try:
         from transformers import TrainerCallback
