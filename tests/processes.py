@@ -122,11 +122,13 @@ def per_rank(
     return found(model, opt)
 
 
-def sharded(model, ranks, mesh=None, dimension=0, **how):
+def sharded(model, ranks, mesh=None, dimension=0, offload=False, **how):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     names = ("replicate", "shard")[-len(mesh or [1]) :]
     how["mesh"] = init_device_mesh("cpu", tuple(mesh or [ranks]), mesh_dim_names=names)
     if dimension:
@@ -136,11 +138,20 @@ def sharded(model, ranks, mesh=None, dimension=0, **how):
 
 
 def fsdp(
-    rank, ranks, mesh=None, dimension=0, bf16=False, how=None, look=False, width=5, **settings
+    rank,
+    ranks,
+    mesh=None,
+    dimension=0,
+    bf16=False,
+    how=None,
+    look=False,
+    width=5,
+    offload=False,
+    **settings,
 ):
     """``look``: forward passes at evaluation samples, and one at the mean."""
     model = network(torch.bfloat16 if bf16 else torch.float32, width)
-    model = sharded(model, ranks, mesh, dimension)
+    model = sharded(model, ranks, mesh, dimension, offload)
     opt = IVON(model.parameters(), **SETTINGS | settings)
     looks = []
     for i in range(STEPS):

@@ -114,6 +114,7 @@ FSDP = [
     (2, {"how": {"way": "train"}}, {}),
     (2, {"store_mean": False}, {"store_mean": False}),
     (2, {"fused": False}, {"fused": False}),
+    (2, {"offload": True}, {}),  # here from a CPU to itself
     (2, {"dimension": 1, "width": 6}, {"width": 6}),  # parts that are not contiguous
     (4, {}, {}),  # a rank without a part
     (4, {"mesh": [2, 2]}, {}),  # HSDP
