@@ -1,5 +1,6 @@
 """Faults seen elsewhere, and points that bite: each has a test that it does not occur here."""
 
+import gc
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from posterity import IVON
-from posterity.ops import noise
+from posterity.ops import noise, reference
 from ways import (
     LR,
     WAYS,
@@ -728,3 +730,51 @@ def test_warnings_are_the_caller_s():
             pass
         opt.step()
     assert [w.filename for w in caught] == [__file__]
+
+
+def stepped(opt, w):
+    with opt.sampled_params(train=True):
+        w.grad = torch.ones_like(w)
+    opt.step()
+
+
+def test_state_that_the_user_replaced_is_the_one_that_trains():
+    w = torch.nn.Parameter(torch.ones(3))
+    opt = IVON([w], 0.1, ess=10.0, seed=0)
+    stepped(opt, w)
+    ours = {k: v.clone() for k, v in opt.state[w].items()}
+    opt.state[w] = ours
+    stepped(opt, w)
+    assert opt.state[w] is ours
+    assert ours["step"] == 2
+    ours["hess"] = ours["hess"].half()
+    stepped(opt, w)
+    assert ours["hess"].dtype == torch.float32
+    assert w.isfinite().all()
+
+
+def test_what_is_trained_no_longer_is_let_go():
+    kept, gone = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = IVON([{"params": [kept]}, {"params": [gone]}], 0.1, ess=10.0, seed=0)
+    for _ in range(2):
+        with opt.sampled_params(train=True):
+            kept.grad, gone.grad = torch.ones(3), torch.ones(3)
+        opt.step()
+    opt.param_groups.pop()
+    opt.state.pop(gone)
+    watched = weakref.ref(gone)
+    del gone
+    stepped(opt, kept)
+    gc.collect()
+    assert watched() is None
+
+
+def test_the_implementation_that_is_asked_for_runs(monkeypatch):
+    w = torch.nn.Parameter(torch.ones(3))
+    opt = IVON([w], 0.1, ess=10.0, seed=0)
+    stepped(opt, w)
+    called = []
+    monkeypatch.setattr(reference, "step", lambda *_, **__: called.append(1))
+    opt.param_groups[0]["fused"] = False
+    stepped(opt, w)
+    assert called
