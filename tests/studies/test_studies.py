@@ -193,7 +193,9 @@ def test_other_commands_do_not_run_on_several_processes(run, call, monkeypatch):
 def test_interrupt_says_how_to_go_on(environment, tmp_path):
     out = tmp_path / "run"
     arguments = command("train", "smoke", "--epochs", 500, "--out", out)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     while not (out / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
