@@ -460,7 +460,8 @@ class IVON(Optimizer):
             return None
         draw = self._window.draw
         self._slots()  # the parameters may have moved since the sample was drawn
-        if draw is not None and draw.products is not None and scale is None is not found_inf:
+        unscaled = found_inf is not None and scale is None
+        if unscaled and draw is not None and draw.products is not None:
             raise RuntimeError(UNSCALED)
         if self._whole["pending"] or draw is None or draw.outdated:  # from the sums over samples
             self._close(last=True, checked=scale is not None)
