@@ -1,11 +1,13 @@
-"""The command line: ``posterity train | compare | evaluate | predict | tune``."""
+"""The command line: ``posterity train | compare | evaluate | predict | tune | study``."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -14,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from posterity import Posterior, predict
-from posterity_studies import compare, data, ranks, runs, train, tune
+from posterity_studies import compare, data, ranks, runs, studies, train, tune
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError, recipe
 
@@ -184,6 +186,43 @@ class Tune:
             print(f"{optimizer}: {best['settings']}, validation {best['validation']}")
 
 
+@dataclass
+class Study:
+    """Ask on real data what the posterior is good for; without a name, list the questions."""
+
+    name: tyro.conf.Positional[str] = ""
+    """One of the list."""
+    seeds: tuple[int, ...] = (0,)
+    scale: Literal["smoke", "desk"] = "desk"
+    """smoke takes seconds and its numbers mean nothing."""
+    out: Path | None = None
+    """Folder of the study; default runs/studies/NAME. What is finished there is used again."""
+    results: Path | None = None
+    """Folder for a copy of the result file and the pictures, to be committed."""
+
+    def __call__(self) -> None:
+        if not self.name:
+            drawn = Table("study", "question", title_justify="left")
+            for name, question in studies.STUDIES.items():
+                drawn.add_row(name, question)
+            Console().print(drawn)
+            return
+        out = self.out or Path("runs/studies") / self.name
+        found = studies.study(self.name, out, self.seeds, self.scale, _bar)
+        if self.results:
+            runs.write_json(self.results / "result.json", found)
+            for picture in out.glob("*.png"):
+                shutil.copy(picture, self.results)
+        drawn = Table(title=f"{self.name}, {self.scale}: {out}", title_justify="left")
+        for heading in dict.fromkeys(key for row in found["rows"] for key in row):
+            drawn.add_column(heading, justify="left" if heading == "method" else "right")
+        for row in found["rows"]:
+            cells = (row.get(str(column.header), "") for column in drawn.columns)
+            drawn.add_row(*(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
+        console = Console()
+        Console(width=None if console.is_terminal else 160).print(drawn)
+
+
 def _changed(chosen: Recipe, epochs: int | None, samples: int | None) -> Recipe:
     given = {"epochs": epochs, "samples": samples}
     return replace(chosen, **{k: v for k, v in given.items() if v is not None})
@@ -220,6 +259,7 @@ def main() -> None:
         "evaluate": Evaluate,
         "predict": Predict,
         "tune": Tune,
+        "study": Study,
     }
     command = tyro.extras.subcommand_cli_from_dict(
         commands,

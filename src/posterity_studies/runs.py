@@ -99,7 +99,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**keep, **os.environ, **changes}
 
 
-def provenance(seed: int, data_digest: str) -> dict[str, str]:
+def provenance(seed: int | str, data_digest: str) -> dict[str, str]:
     """What made a result: code, versions, machine, data, seed, time."""
     return {
         "seed": str(seed),

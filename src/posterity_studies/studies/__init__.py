@@ -1,0 +1,46 @@
+"""What the posterior is for, tried on real data. One module a study, named in ``STUDIES``.
+
+A module holds ``study(out, seeds, scale, progress)``: it trains what it needs under the folder
+``out`` (what is finished there is used again), draws its pictures into it, and returns plain
+values: ``rows`` is the table (flat dictionaries), ``data`` a digest of what was read, the rest is
+its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from posterity_studies import runs
+from posterity_studies.recipes import UserError
+from posterity_studies.train import Progress, silent
+
+Scale = Literal["smoke", "desk"]  # smoke: seconds, for tests; its numbers mean nothing
+
+STUDIES: dict[str, str] = {}  # name → what it asks, in a line
+
+
+def study(
+    name: str, out: Path, seeds: Sequence[int], scale: Scale = "desk", progress: Progress = silent
+) -> dict[str, Any]:
+    """Run a study, or return what it found before; ``out/result.json`` holds it with provenance.
+
+    Raises:
+        UserError: an unknown study, or the folder holds a result of other seeds or scale.
+    """
+    if name not in STUDIES:
+        raise UserError(f"no study {name!r}; there are {', '.join(STUDIES)}")
+    asked = {"study": name, "scale": scale, "seeds": list(seeds)}
+    if (out / "result.json").exists():
+        found = runs.read_json(out / "result.json")
+        if {key: found.get(key) for key in asked} != asked:
+            raise UserError(f"{out} holds another result: choose another --out, or remove it")
+        return found
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    found = module.study(out, seeds, scale, progress)
+    seed = " ".join(map(str, seeds))
+    result = {**asked, **found, "provenance": runs.provenance(seed, found["data"])}
+    runs.write_json(out / "result.json", result)
+    return result
