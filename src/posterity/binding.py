@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -103,3 +104,61 @@ def fill(targets: Tensors, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
             targets[name].copy_(value)
+
+
+def placed(model: nn.Module, values: Mapping[str, Tensor]) -> Tensors:
+    """The values under the model's own names, each with its tensor's dtype and device.
+
+    Raises:
+        ValueError: as :func:`bind`.
+    """
+    return {name: values[key].to(like) for key, (name, like) in bind(model, values).items()}
+
+
+def call(model: nn.Module, batch: Any, state: Tensors | None = None) -> Any:
+    """The model's output for a batch: a tensor, or a mapping of keyword arguments.
+
+    Args:
+        model: its device is the batch's too.
+        batch: moved to the model's device.
+        state: tensors under the model's own names that take the place of its own.
+    """
+    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+    keywords = {name: _to(value, device) for name, value in items(batch)}
+    inputs = (keywords.pop(""),) if "" in keywords else ()
+    if state:
+        return functional_call(model, state, inputs, keywords)
+    return model(*inputs, **keywords)
+
+
+def items(batch: Any) -> Iterable[tuple[str, Any]]:
+    """Keyword arguments; an input that has no keyword is named ''."""
+    return batch.items() if isinstance(batch, Mapping) else [("", batch)]
+
+
+def _to(value: Any, device: torch.device | None) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) and device else value
+
+
+def floats(output: Any) -> Tensor:
+    """A model's output, or its ``.logits``, in float32 at least.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model returned a {type(output).__name__}, not a tensor or .logits")
+    return output if output.dtype == torch.float64 else output.float()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module's flag is what it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -167,6 +167,13 @@ class Posterior:
         std = precision.to(_wide(precision)).rsqrt()
         return std.masked_fill(self.pruned[name], 0) if self.pruned else std
 
+    def covariance(self, vector: Mapping[str, Tensor]) -> Tensors:
+        """Σv, the covariance times a vector of the weights: σ²v, 0 where pruned.
+
+        Further dimensions may come first: (…, *shape of the mean).
+        """
+        return {name: self._std(name) ** 2 * v for name, v in vector.items()}
+
     def hessian(self) -> Tensors:
         """The data's Hessian: precision − prior precision (for IVON λh).
 

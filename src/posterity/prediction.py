@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import log_softmax, logsigmoid
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed as ranks
-from .binding import Samples, Tensors, bind, clean_name
+from .binding import Samples, Tensors, call, clean_name, evaluating, floats, items, placed
 from .posterior import Posterior
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
@@ -170,7 +169,7 @@ def predict(
     if likelihood == "gaussian":
         make = partial(_Gaussian, noise)
     totals: list[_Classes | _Gaussian] = []  # one running total for each batch
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for index in (progress or iter)(mine):
             with _sampled(model, posterior, seed, index, functional) as forward:
                 for number, batch in enumerate(batches):
@@ -239,7 +238,7 @@ def update_bn(
     bare = posterior._but(buffers={n: b for n, b in posterior.buffers.items() if n not in kept})
     loader = list(loader) if iter(loader) is loader else loader
     seen = 0
-    with _evaluating(model), torch.no_grad(), _gathering(norms.values()):
+    with evaluating(model), torch.no_grad(), _gathering(norms.values()):
         for index in range(max(samples, 1)):
             here = bare.sampled(model, seed, index) if samples else bare.at_mean(model)
             with here, _sampled(model, None, seed, index, False) as forward:
@@ -307,7 +306,7 @@ class _Classes:
         self.total: Tensor | None = None
 
     def add(self, output: Any) -> None:
-        logits = _wide(getattr(output, "logits", output))
+        logits = floats(output)
         if self.bernoulli:
             log_probs = torch.stack([logsigmoid(-logits), logsigmoid(logits)], -1)
         elif logits.shape[-1] > 1:
@@ -357,9 +356,9 @@ class _Gaussian:
                 "alone) or a model that returns (mean, log noise variance)"
             )
         if isinstance(output, tuple):
-            mean, noise_variance = _wide(output[0]), _wide(output[1]).exp()
+            mean, noise_variance = floats(output[0]), floats(output[1]).exp()
         else:
-            mean = _wide(output)
+            mean = floats(output)
             noise_variance = torch.as_tensor(self.noise, dtype=mean.dtype, device=mean.device) ** 2
         self.location.add(mean)
         self.noises.add(noise_variance.expand_as(mean))
@@ -377,12 +376,6 @@ class _Gaussian:
         }
 
 
-def _wide(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the model returned a {type(output).__name__}, not a tensor or .logits")
-    return output if output.dtype == torch.float64 else output.float()
-
-
 def _entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(-1)
 
@@ -398,50 +391,17 @@ def _joined(results: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module's flag is what it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
 def _sampled(
     model: nn.Module, posterior: Samples | None, seed: int, index: int, functional: bool
 ) -> Iterator[Callable[[Any], Any]]:
     """The forward pass of one sample, as a function of a batch."""
-    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
-    state: dict[str, Tensor] = {}
-
-    def forward(batch: Any) -> Any:
-        keywords = {name: _to(value, device) for name, value in _items(batch)}
-        inputs = (keywords.pop(""),) if "" in keywords else ()
-        if state:
-            return functional_call(model, state, inputs, keywords)
-        return model(*inputs, **keywords)
-
     if posterior is None:
-        yield forward
+        yield partial(call, model)
     elif functional:
-        values = posterior.state(seed, index)
-        state = {name: values[key].to(like) for key, (name, like) in bind(model, values).items()}
-        yield forward
+        yield partial(call, model, state=placed(model, posterior.state(seed, index)))
     else:
         with posterior.sampled(model, seed, index):
-            yield forward
-
-
-def _items(batch: Any) -> Iterable[tuple[str, Any]]:
-    """Keyword arguments; an input that has no keyword is named ''."""
-    return batch.items() if isinstance(batch, Mapping) else [("", batch)]
-
-
-def _to(value: Any, device: torch.device | None) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) and device else value
+            yield partial(call, model)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -508,7 +468,7 @@ def _agree(batches: Iterable[Any]) -> None:
 def _fingerprint(inputs: Any) -> int:
     """A checksum of the values, in order."""
     total = 0
-    for _, value in _items(inputs):
+    for _, value in items(inputs):
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().flatten()
             total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
