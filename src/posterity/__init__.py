@@ -3,6 +3,7 @@
 from . import metrics
 from .distributed import reduce_per_rank
 from .ivon import IVON
+from .perturbation import leave_one_out, sensitivity
 from .posterior import Mixture, Posterior
 from .prediction import Prediction, predict, update_bn
 
@@ -11,9 +12,11 @@ __all__ = [
     "Mixture",
     "Posterior",
     "Prediction",
+    "leave_one_out",
     "metrics",
     "predict",
     "reduce_per_rank",
+    "sensitivity",
     "update_bn",
 ]
 __version__ = "0.1.0"
