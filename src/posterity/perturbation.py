@@ -151,7 +151,7 @@ def perturb(
     samples: int = 64,
     seed: int = 0,
     batch_size: int = 512,
-    memory: float = 2**30,
+    memory: float = 2**26,
     vectorize: bool = True,
     shifts: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,

@@ -229,8 +229,8 @@ def _changed(chosen: Recipe, epochs: int | None, samples: int | None) -> Recipe:
 
 
 def _recipe_of(result: dict) -> Recipe:
-    given = ("epochs", "batch_size", "samples", "validation", "train_limit")
-    return replace(recipe(result["name"]), **{k: result[k] for k in given})
+    given = ("epochs", "batch_size", "samples", "validation", "train_limit", "label_noise")
+    return replace(recipe(result["name"]), **{k: result[k] for k in given if k in result})
 
 
 def _load(run: Path, samples: int) -> tuple[dict, torch.nn.Module, Posterior | None]:

@@ -106,6 +106,7 @@ class Recipe:
     samples: int = 64  # of the posterior, at test time
     validation: int = 0  # training images held out; the test set is then not touched
     train_limit: int | None = None  # use only so many training images
+    label_noise: float = 0.0  # share of the training labels that are made wrong
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 1 or self.samples < 0:
@@ -172,6 +173,21 @@ def fashion_mnist() -> Recipe:
     )
 
 
+def lenet5() -> Recipe:
+    """LeNet-5 on Fashion-MNIST with the settings of the paper's sensitivity experiments."""
+    return replace(
+        fashion_mnist(),
+        name="lenet5",
+        network="lenet5",
+        epochs=100,
+        batch_size=256,
+        optimizers={
+            "adamw": Adamw(lr=1e-3, weight_decay=1e-2),
+            "ivon": Ivon(lr=0.1, hess_init=0.1, weight_decay=1e-3, memory=1e5),
+        },
+    )
+
+
 def smoke() -> Recipe:
     """`fashion-mnist` cut to seconds: two epochs on 2,000 images, for tests."""
     base = fashion_mnist()
@@ -186,7 +202,7 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {"fashion-mnist": fashion_mnist, "smoke": smoke}
+RECIPES = {"fashion-mnist": fashion_mnist, "lenet5": lenet5, "smoke": smoke}
 
 
 def recipe(name: str) -> Recipe:

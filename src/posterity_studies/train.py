@@ -23,6 +23,7 @@ from posterity_studies.recipes import Recipe, UserError
 EVAL_BATCH = 250  # small enough for a CPU's cache
 
 Progress = Callable[[Iterable[int], int, str], Iterable[int]]  # (items, how many, label) → items
+Watch = Callable[[int, nn.Module, torch.optim.Optimizer], None]  # after step 1, 2, …
 
 
 def silent(items: Iterable[int], total: int, label: str) -> Iterable[int]:
@@ -40,6 +41,7 @@ class Task:
     images: Tensor
     class_names: tuple[str, ...]
     digest: str
+    wrong: Tensor | None = None  # which training labels were made wrong
 
 
 def load_task(recipe: Recipe) -> Task:
@@ -57,6 +59,9 @@ def load_task(recipe: Recipe) -> Task:
         test_images, test_targets = images[-recipe.validation :], targets[-recipe.validation :]
         images, targets = images[: -recipe.validation], targets[: -recipe.validation]
     images, targets = images[: recipe.train_limit], targets[: recipe.train_limit]
+    wrong = None
+    if recipe.label_noise:
+        targets, wrong = mislabelled(targets, len(known.class_names), recipe.label_noise)
     return Task(
         train=(known.normalise(images), targets),
         test=(known.normalise(test_images), test_targets),
@@ -64,7 +69,19 @@ def load_task(recipe: Recipe) -> Task:
         images=test_images,
         class_names=known.class_names,
         digest=f"{known.digest} {unknown.digest}",
+        wrong=wrong,
     )
+
+
+def mislabelled(targets: Tensor, classes: int, share: float) -> tuple[Tensor, Tensor]:
+    """Targets of which a share, always the same ones, is another class; and which those are."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(targets), generator=generator)[: round(share * len(targets))]
+    away = torch.randint(1, classes, (len(chosen),), generator=generator)
+    targets, wrong = targets.clone(), torch.zeros(len(targets), dtype=torch.bool)
+    targets[chosen] = (targets[chosen] + away) % classes
+    wrong[chosen] = True
+    return targets, wrong
 
 
 def configuration(recipe: Recipe, optimizer: str, seed: int) -> dict[str, Any]:
@@ -99,7 +116,12 @@ def batches(n: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
 
 
 def train(
-    recipe: Recipe, optimizer: str, seed: int, folder: Path, progress: Progress = silent
+    recipe: Recipe,
+    optimizer: str,
+    seed: int,
+    folder: Path,
+    progress: Progress = silent,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train one optimizer with one seed; a finished run is returned, a killed one goes on.
 
@@ -107,7 +129,7 @@ def train(
     while it runs, then ``model.safetensors``, ``posterior.safetensors`` (IVON),
     ``predictions.safetensors`` and, last, ``result.json``. Under torchrun every rank calls this,
     takes its part of each batch and of the posterior samples, and gets the result; the first one
-    writes. All must see the same folder.
+    writes. All must see the same folder. ``watch`` is called after each step.
 
     Raises:
         UserError: the folder holds another run, or a damaged file.
@@ -133,7 +155,7 @@ def train(
     for epoch in range(done, recipe.epochs):
         order = batches(n, recipe.batch_size, seed, epoch)
         bar = progress(range(len(order)), len(order), f"{optimizer} epoch {epoch + 1}")
-        seconds.append(_epoch(replica, opt, schedule, task.train, order, epoch, bar, log))
+        seconds.append(_epoch(replica, opt, schedule, task.train, order, epoch, bar, log, watch))
         if not ranks.first():
             continue
         at_mean = evaluate(model, None, task.test)
@@ -176,6 +198,7 @@ def _epoch(
     epoch: int,
     bar: Iterable[int],
     log: _Log,
+    watch: Watch | None,
 ) -> float:
     """One pass over the data; how long it took, in seconds."""
     inputs, targets = train
@@ -194,6 +217,8 @@ def _epoch(
         losses.append(loss.detach())
         rates.append(schedule.get_last_lr()[0])
         schedule.step()
+        if watch:
+            watch(epoch * len(order) + i + 1, model, opt)
     seconds = time.perf_counter() - start
     whole = ranks.average(torch.stack(losses)).tolist()
     numbered = enumerate(zip(whole, rates, strict=True), epoch * len(order) + 1)

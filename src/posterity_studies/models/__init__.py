@@ -22,4 +22,18 @@ def conv_small(classes: int = 10) -> nn.Module:
     return nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
 
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {"conv_small": conv_small}
+def lenet5(classes: int = 10) -> nn.Module:
+    """LeNet-5 for 28×28 images (LeCun et al., 1998), with ReLU and maxima: 62k weights."""
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 6, 5, padding=2), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Conv2d(6, 16, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
+        nn.Linear(84, classes),
+    )
+    return nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "conv_small": conv_small,
+    "lenet5": lenet5,
+}
