@@ -1,10 +1,9 @@
-"""The command line: ``posterity train | compare | evaluate | predict | tune | study``."""
+"""The command line: ``posterity train``, ``compare``, ``predict`` …; each explains itself."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,26 +11,15 @@ from typing import Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from posterity import Posterior, predict
 from posterity_studies import compare, data, ranks, runs, studies, train, tune
-from posterity_studies.models import NETWORKS
+from posterity_studies.progress import bar
 from posterity_studies.recipes import Recipe, UserError, recipe
+from posterity_studies.sensitivity import Sensitivity
 
 Name = tyro.conf.Positional[str]
-
-
-def _bar(items: Iterable[int], total: int, label: str) -> Iterable[int]:
-    """A progress bar with the time left, on a terminal only."""
-    console = Console(stderr=True)
-    if not console.is_terminal or not ranks.first():
-        yield from items
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        yield from bar.track(items, total, description=label)
 
 
 @dataclass
@@ -64,7 +52,7 @@ class Train:
         chosen = chosen.with_settings(self.optimizer, self.set)
         out = self.out or Path("runs") / chosen.name / f"{self.optimizer}-seed{self.seed}"
         with ranks.joined():
-            result = train.train(chosen, self.optimizer, self.seed, out, _bar)
+            result = train.train(chosen, self.optimizer, self.seed, out, bar)
             first = ranks.first()
         if first and not self.quiet:
             compare.show([result])
@@ -109,10 +97,10 @@ class Evaluate:
     """Posterior samples; 0 evaluates at the mean."""
 
     def __call__(self) -> None:
-        result, model, posterior = _load(self.run, self.samples)
-        chosen = _recipe_of(result)
+        result, model, posterior = _loaded(self.run, self.samples)
+        chosen = runs.recipe_of(result)
         task = train.load_task(chosen)
-        found = train.evaluate(model, posterior, task.test, task.ood, self.samples, _bar)
+        found = train.evaluate(model, posterior, task.test, task.ood, self.samples, bar)
         drawn = Table(
             title=f"{self.run}: " + (f"{self.samples} samples" if posterior else "at the mean"),
             title_justify="left",
@@ -140,7 +128,7 @@ class Predict:
     def __call__(self) -> None:
         if not self.images:
             raise UserError("predict needs at least one image file")
-        result, model, posterior = _load(self.run, self.samples)
+        result, model, posterior = _loaded(self.run, self.samples)
         known = data.LISTINGS[result["data"]]
         pixels = torch.stack([data.read_image(path) for path in self.images])
         inputs = known.normalise(pixels)
@@ -208,7 +196,7 @@ class Study:
             Console().print(drawn)
             return
         out = self.out or Path("runs/studies") / self.name
-        found = studies.study(self.name, out, self.seeds, self.scale, _bar)
+        found = studies.study(self.name, out, self.seeds, self.scale, bar)
         if self.results:
             runs.write_json(self.results / "result.json", found)
             for picture in out.glob("*.png"):
@@ -228,27 +216,12 @@ def _changed(chosen: Recipe, epochs: int | None, samples: int | None) -> Recipe:
     return replace(chosen, **{k: v for k, v in given.items() if v is not None})
 
 
-def _recipe_of(result: dict) -> Recipe:
-    given = ("epochs", "batch_size", "samples", "validation", "train_limit", "label_noise")
-    return replace(recipe(result["name"]), **{k: result[k] for k in given if k in result})
-
-
-def _load(run: Path, samples: int) -> tuple[dict, torch.nn.Module, Posterior | None]:
-    """A finished run's result, its model at the mean, and its posterior if there is one."""
+def _loaded(run: Path, samples: int) -> tuple[dict, torch.nn.Module, Posterior | None]:
+    """As :func:`runs.load`; no posterior for no samples."""
     if samples < 0:
         raise UserError("--samples must be 0 (at the mean) or more")
-    if not run.is_dir():
-        raise UserError(f"{run} is no folder of a run")
-    result = runs.read_json(run / "result.json")
-    model = NETWORKS[result["network"]](len(data.LISTINGS[result["data"]].class_names))
-    try:
-        model.load_state_dict(runs.read_tensors(run / "model.safetensors"))
-    except RuntimeError as error:
-        raise UserError(
-            f"{run / 'model.safetensors'} fits no {result['network']}: {error}"
-        ) from None
-    path = run / "posterior.safetensors"
-    return result, model, Posterior.load(path) if samples and path.exists() else None
+    result, model, posterior = runs.load(run)
+    return result, model, posterior if samples else None
 
 
 def main() -> None:
@@ -259,6 +232,7 @@ def main() -> None:
         "evaluate": Evaluate,
         "predict": Predict,
         "tune": Tune,
+        "sensitivity": Sensitivity,
         "study": Study,
     }
     command = tyro.extras.subcommand_cli_from_dict(

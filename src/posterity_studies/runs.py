@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from typing import Any
 import numpy
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import posterity
-from posterity_studies.recipes import UserError
+from posterity import Posterior
+from posterity_studies import data
+from posterity_studies.models import NETWORKS
+from posterity_studies.recipes import Recipe, UserError, recipe
 
 
 @contextmanager
@@ -76,6 +80,33 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file of a run folder; UserError where it is missing or damaged."""
     return read(path, safetensors.torch.load_file)
+
+
+def recipe_of(result: dict[str, Any]) -> Recipe:
+    """The recipe of a finished run."""
+    given = ("epochs", "batch_size", "samples", "validation", "train_limit", "label_noise")
+    return replace(recipe(result["name"]), **{k: result[k] for k in given if k in result})
+
+
+def load(run: Path) -> tuple[dict[str, Any], nn.Module, Posterior | None]:
+    """A finished run's result, its model at the mean, and its posterior if there is one.
+
+    Raises:
+        UserError: there is no finished run, or it is damaged.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run} is no folder of a run")
+    result = read_json(run / "result.json")
+    model = NETWORKS[result["network"]](len(data.LISTINGS[result["data"]].class_names))
+    try:
+        model.load_state_dict(read_tensors(run / "model.safetensors"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{run / 'model.safetensors'} fits no {result['network']}: {reason}"
+        ) from None
+    path = run / "posterior.safetensors"
+    return result, model, Posterior.load(path) if path.exists() else None
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -33,12 +33,13 @@ def silent(items: Iterable[int], total: int, label: str) -> Iterable[int]:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The arrays of a recipe: inputs are normalised, ``images`` are the test inputs as pixels."""
+    """The arrays of a recipe: inputs are normalised, ``images`` are the inputs as pixels."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     ood: Tensor
-    images: Tensor
+    images: Tensor  # of the test
+    train_images: Tensor
     class_names: tuple[str, ...]
     digest: str
     wrong: Tensor | None = None  # which training labels were made wrong
@@ -67,6 +68,7 @@ def load_task(recipe: Recipe) -> Task:
         test=(known.normalise(test_images), test_targets),
         ood=known.normalise(unknown.test.inputs),
         images=test_images,
+        train_images=images,
         class_names=known.class_names,
         digest=f"{known.digest} {unknown.digest}",
         wrong=wrong,
@@ -88,6 +90,8 @@ def configuration(recipe: Recipe, optimizer: str, seed: int) -> dict[str, Any]:
     """All that decides a run's bits, as plain values."""
     settings = {"optimizer": optimizer, **asdict(recipe.settings(optimizer))}
     rest = {k: v for k, v in asdict(recipe).items() if k not in ("optimizers", "search")}
+    if not recipe.label_noise:
+        del rest["label_noise"]  # as it was before there was any
     return json.loads(json.dumps({**rest, "settings": settings, "seed": seed}))
 
 

@@ -2,5 +2,6 @@
 
 from posterity_studies.report.comparison import write_comparison
 from posterity_studies.report.entry import Entry
+from posterity_studies.report.sensitivity import write_sensitivity
 
-__all__ = ["Entry", "write_comparison"]
+__all__ = ["Entry", "write_comparison", "write_sensitivity"]

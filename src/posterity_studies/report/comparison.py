@@ -59,10 +59,10 @@ def write_comparison(
         n_test=len(targets),
         n_classes=len(class_names),
     )
-    return _write(Path(path), text)
+    return write_page(Path(path), text)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_page(path: Path, text: str) -> Path:
     """Write beside the target, then rename: readers see the old file or the new, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

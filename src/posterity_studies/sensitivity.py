@@ -1,0 +1,141 @@
+"""``posterity sensitivity``: which training examples a finished run hangs on."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from posterity import predict
+from posterity.perturbation import Perturbation, grouped, perturb
+from posterity_studies import data, runs
+from posterity_studies.progress import bar
+from posterity_studies.recipes import UserError
+from posterity_studies.report import write_sensitivity
+from posterity_studies.train import load_task
+
+BATCH = 250
+
+
+@dataclass
+class Sensitivity:
+    """Find the training images a model is most sensitive to: rare, hard or wrongly labelled ones.
+
+    Writes a table, sensitivity.csv, and a gallery, sensitivity.html, into the run's folder.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished IVON run."""
+    variance: Literal["jacobian", "samples"] = "jacobian"
+    """How the variance of the outputs is found; samples needs no derivative of the network."""
+    samples: int = 64
+    """Posterior samples, for --variance samples."""
+    full: bool = True
+    """The whole covariance between classes, or (--no-full) its diagonal."""
+    first: int | None = None
+    """Only so many training images, from the first on."""
+    table: Path | None = None
+    """Where to write the table: a name in .csv, or in .parquet if pyarrow is installed."""
+    gallery: Path | None = None
+    """Where to write the gallery."""
+
+    def __call__(self) -> None:
+        path = self.table or self.run / "sensitivity.csv"
+        write = _writer(path)
+        result, model, posterior = runs.load(self.run)
+        if posterior is None:
+            raise UserError(f"{self.run} has no posterior: sensitivity needs a run of IVON")
+        task = load_task(runs.recipe_of(result))
+        n, known = len(task.train[1]), data.LISTINGS[result["data"]]
+        if self.first is not None and not 0 < self.first <= n:
+            raise UserError(f"--first must be between 1 and {n}")
+        inputs, targets = (part[: self.first] for part in task.train)
+        found = perturb(
+            model,
+            posterior,
+            (inputs, targets),
+            variance=self.variance,
+            full=self.full,
+            samples=self.samples,
+            n_train=n,
+            batch_size=BATCH,
+            progress=lambda batches: bar(batches, -(-len(targets) // BATCH), "sensitivity"),
+        )
+        probs = predict(model, None, inputs, batch_size=BATCH).probs
+        columns = {
+            "image": torch.arange(len(targets)),
+            "label": targets,
+            "predicted": probs.argmax(1),
+            "sensitivity": found.sensitivity,
+            "loss": found.loss,
+            "left_out_loss": found.left_out,
+            "probability_of_label": probs.gather(1, targets[:, None])[:, 0],
+        }
+        values = {name: column.tolist() for name, column in columns.items()}
+        for name in ("label", "predicted"):
+            values[name] = [known.class_names[c] for c in values[name]]
+        with runs.replacing(path) as temporary:
+            write(temporary, values)
+        gallery = write_sensitivity(
+            self.gallery or self.run / "sensitivity.html",
+            title=f"The training images {self.run.name} hangs on",
+            found=found,
+            probs=probs,
+            targets=targets,
+            class_names=known.class_names,
+            images=task.train_images[: self.first],
+            provenance=runs.provenance(result["seed"], task.digest),
+        )
+        _show(found, probs, targets, known.class_names)
+        print(f"table: {path.resolve()}\ngallery: {gallery.resolve()}")
+
+
+def _show(
+    found: Perturbation, probs: torch.Tensor, targets: torch.Tensor, names: tuple[str, ...]
+) -> None:
+    drawn = Table(title="mean sensitivity of a class", title_justify="left")
+    for heading in ("class", "sensitivity", "± s.e.", "label doubted"):
+        drawn.add_column(heading, justify="left" if heading == "class" else "right")
+    doubted = grouped((probs.argmax(1) != targets).float(), targets).mean
+    rows = zip(*(x.tolist() for x in (*grouped(found.sensitivity, targets), doubted)), strict=True)
+    for c, mean, error, _, doubt in sorted(rows, key=lambda row: -row[1]):
+        drawn.add_row(names[c], f"{mean:.3g}", f"{error:.1g}", f"{doubt:.1%}")
+    Console().print(drawn)
+    left_out, loss = (
+        (each * found.count).sum().item() / found.count.sum().item()
+        for each in (found.left_out, found.loss)
+    )
+    print(f"training loss {loss:.4f}; leave-one-out estimate of the test loss {left_out:.4f}")
+
+
+def _csv(path: Path, columns: dict[str, list]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _parquet(path: Path, columns: dict[str, list]) -> None:
+    import pyarrow  # pyright: ignore
+    import pyarrow.parquet  # pyright: ignore
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def _writer(path: Path):
+    """How to write a table of this name, before hours of work are spent on it."""
+    if path.suffix == ".csv":
+        return _csv
+    if path.suffix != ".parquet":
+        raise UserError(f"{path}: a table's name ends in .csv or .parquet")
+    try:
+        import pyarrow  # noqa: F401  # pyright: ignore
+    except ImportError:
+        raise UserError(f"{path} needs pyarrow (pip install pyarrow); .csv needs nothing") from None
+    return _parquet
