@@ -1,0 +1,121 @@
+"""Does sensitivity find wrong labels?
+
+LeNet-5 on Fashion-MNIST with 5 % of the training labels flipped to another class. The training
+images are ranked by IVON's sensitivities, by AdamW's stand-in, and by nothing but the loss, at
+several epochs: a network that has learnt its wrong labels by heart no longer doubts them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posterity import IVON, metrics, sensitivity
+from posterity.integrations.adam import adam_posterior
+from posterity.perturbation import perturb
+from posterity_studies import runs
+from posterity_studies.recipes import Recipe, recipe
+from posterity_studies.studies.leave_one_out import PRIOR
+from posterity_studies.studies.pictures import label, picture
+from posterity_studies.train import Progress, Task, load_task, train
+
+SHARE = 0.05
+WHEN = (1, 2, 5, 10, 20, 50)  # epochs; the last is the end of training
+RANKINGS = {
+    "ivon.loss": "loss, IVON",
+    "ivon.full": "sensitivity, IVON",
+    "ivon.diagonal": "sensitivity, class-diagonal, IVON",
+    "adamw.loss": "loss, AdamW",
+    "adamw.full": "sensitivity, AdamW's stand-in",
+    "adamw.diagonal": "sensitivity, class-diagonal, AdamW's stand-in",
+}
+
+
+def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
+    """AUROC and precision of each ranking at the end and at its best epoch, means over seeds."""
+    chosen, when = replace(recipe("lenet5"), label_noise=SHARE, epochs=WHEN[-1]), WHEN
+    if scale == "smoke":
+        chosen, when = replace(chosen, epochs=2, train_limit=500, samples=2), (1, 2)
+    task = load_task(chosen)
+    assert task.wrong is not None
+    curves: dict[str, dict[int, dict[str, float]]] = {}
+    for key in RANKINGS:
+        optimizer, kind = key.split(".")
+        each = [ranked(chosen, task, optimizer, seed, when, out, progress) for seed in seeds]
+        curves[key] = {
+            epoch: _mean([quality(found[f"{epoch}.{kind}"], task.wrong) for found in each])
+            for epoch in when
+        }
+    rows = []
+    for key, name in RANKINGS.items():
+        best = max(curves[key].items(), key=lambda item: item[1]["AUROC"])
+        found = {"best epoch": best[0], "AUROC then": best[1]["AUROC"]}
+        rows.append({"method": name, **curves[key][when[-1]], **found})
+    with picture(out / "label-noise.png", 2) as panels:
+        for panel, what in zip(panels, ("AUROC", "precision at 5 %"), strict=True):
+            for key, curve in curves.items():
+                style = {"loss": ":", "full": "-", "diagonal": "--"}[key.split(".")[1]]
+                colour = f"C{int(key.startswith('adamw'))}"
+                values = [at[what] for at in curve.values()]
+                panel.plot(when, values, style, color=colour, marker="o", label=RANKINGS[key])
+            label(panel, f"Flipped labels found: {what}", "epochs trained", what)
+            panel.set(xscale="log", xticks=when, xticklabels=when)
+            panel.minorticks_off()
+        panels[1].legend(fontsize=8)
+    return {"rows": rows, "data": task.digest, "curves": curves, "wrong": int(task.wrong.sum())}
+
+
+def ranked(
+    chosen: Recipe,
+    task: Task,
+    optimizer: str,
+    seed: int,
+    when: Sequence[int],
+    out: Path,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Train, and score every training image after some epochs: ``EPOCH.KIND`` → scores."""
+    path = out / f"{optimizer}-seed{seed}.safetensors"
+    known = runs.read_tensors(path) if path.exists() else {}
+    n = len(task.train[1])
+    steps = math.ceil(n / chosen.batch_size)
+
+    def watch(step: int, model: nn.Module, opt: torch.optim.Optimizer) -> None:
+        epoch = step // steps
+        if step % steps or epoch not in when or f"{epoch}.full" in known:
+            return
+        if isinstance(opt, IVON):
+            posterior = opt.posterior(model)
+        else:
+            posterior = adam_posterior(opt, model, n, PRIOR)
+        found = perturb(model, posterior, task.train)
+        diagonal = sensitivity(model, posterior, task.train, full=False)
+        for kind, scores in (
+            ("full", found.sensitivity),
+            ("loss", found.loss),
+            ("diagonal", diagonal),
+        ):
+            known[f"{epoch}.{kind}"] = scores
+        runs.write_tensors(path, known)
+
+    train(chosen, optimizer, seed, out / f"{optimizer}-seed{seed}", progress, watch)
+    return known
+
+
+def quality(scores: Tensor, wrong: Tensor) -> dict[str, float]:
+    """How well high scores point at wrong labels."""
+    top = scores.argsort(descending=True)[: round(SHARE * len(scores))]
+    return {
+        "AUROC": metrics.auroc(scores[wrong], scores[~wrong]),
+        "precision at 5 %": wrong[top].double().mean().item(),
+    }
+
+
+def _mean(each: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(e[key] for e in each) / len(each) for key in each[0]}
