@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
-from posterity import IVON, Posterior, metrics, predict
+from posterity import IVON, Posterior, leave_one_out, metrics, predict
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import recipe
 from posterity_studies.train import load_task
@@ -289,6 +289,20 @@ def test_validation_shows_the_posterior_beside_the_mean():
     unseen = Classifier(hess_init=0.01)
     fit(unseen, PosteriorCallback())
     assert_same(weights(model), weights(unseen))
+
+
+def test_the_test_loss_is_estimated_from_training_data_at_each_validation():
+    model, callback = Classifier(), PosteriorCallback(leave_one_out=(X, Y))
+    trainer = fit(model, callback, validate=True)
+    posterior = trainer.optimizers[0].posterior(model)
+    logged = trainer.callback_metrics["leave_one_out/nll"].item()
+    assert logged == pytest.approx(leave_one_out(model, posterior, (X, Y)).nll, rel=1e-5)
+    assert logged > cross_entropy(model(X), Y).item()
+    part = PosteriorCallback(leave_one_out=(X[:8], Y[:8]), full=False)  # λ/N is still 1
+    model = Classifier()
+    found = fit(model, part, validate=True).callback_metrics["leave_one_out/nll"].item()
+    expected = leave_one_out(model, posterior, (X[:8], Y[:8]), full=False, n_train=N).nll
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_posterior_predicts_in_the_trainers_precision():

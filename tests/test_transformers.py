@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from posterity import IVON, Posterior, predict
+from posterity import IVON, Posterior, leave_one_out, predict
 from posterity_studies.data import packages
 
 transformers = pytest.importorskip("transformers")
@@ -214,6 +214,25 @@ def test_the_callback_saves_the_posterior_and_logs_its_state(model, tmp_path):
     inputs = torch.stack([row["input_ids"] for row in DATA[:8]])
     prediction = predict(model, saved, {"input_ids": inputs}, samples=4)
     assert prediction.probs.shape == (8, 3)
+
+
+def test_evaluation_estimates_the_test_loss_from_training_data(model, tmp_path):
+    def rows(n):
+        return {
+            name: torch.stack([torch.as_tensor(row[name]) for row in DATA[:n]])
+            for name in ("input_ids", "labels")
+        }
+
+    callback = PosteriorCallback(leave_one_out=[rows(8)])
+    its = trainer(model, tmp_path, [callback])
+    assert "eval_leave_one_out" not in its.evaluate()  # there is no optimizer yet
+    its.train()
+    found = its.evaluate()["eval_leave_one_out"]
+    posterior = its.optimizer.optimizer.posterior(model)
+    expected = leave_one_out(model, posterior, [rows(8)], n_train=posterior.ess, vectorize=False)
+    assert found == pytest.approx(expected.nll, rel=1e-5)
+    assert its.state.log_history[-1]["eval_leave_one_out"] == found
+    assert found > model(**rows(8)).loss.item()
 
 
 def test_the_callback_saves_at_the_end_without_checkpoints(model, tmp_path):

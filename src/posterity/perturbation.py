@@ -145,7 +145,7 @@ def perturb(
     variance: Variance = "jacobian",
     full: bool = True,
     *,
-    n_train: int | None = None,
+    n_train: float | None = None,
     noise: float = 1.0,
     order: Literal[1, 2] = 1,
     samples: int = 64,
@@ -244,7 +244,7 @@ def without(
     data: Any,
     likelihood: Likelihood = "categorical",
     *,
-    n_train: int | None = None,
+    n_train: float | None = None,
     noise: float = 1.0,
     batch_size: int = 512,
 ) -> Posterior:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import metrics
 from ..ivon import IVON
+from ..perturbation import leave_one_out
 from ..posterior import Posterior
 from ..prediction import predict
 
@@ -32,6 +33,8 @@ class PosteriorCallback(Callback):
     - With ``samples``, each validation batch of (inputs, targets) is also predicted by calling the
       module on the inputs, which must give logits (…, classes). Logged are ``mean/nll`` (in nats),
       ``mean/accuracy``, ``posterior/nll`` and ``posterior/accuracy``.
+    - With ``leave_one_out``, training data, each validation logs ``leave_one_out/nll``: what
+      :func:`posterity.leave_one_out` estimates of the test loss without test data.
     - Beside every checkpoint ``path`` lies ``path.posterior.safetensors``, for
       :meth:`Posterior.load`; its names are the module's. It goes when the checkpoint goes.
 
@@ -39,6 +42,8 @@ class PosteriorCallback(Callback):
         samples: of the posterior, for each validation batch; 0 leaves validation alone.
         seed: of the stream of these samples.
         save: whether to save posteriors.
+        leave_one_out: training examples, all or a random part: a pair or a loader.
+        options: of :func:`posterity.leave_one_out`; ``n_train`` is λ unless it is given.
 
     Raises:
         ValueError: the module has no IVON or several, or ``mc_samples > 1`` with accumulated
@@ -49,8 +54,17 @@ class PosteriorCallback(Callback):
         >>> callbacks = [PosteriorCallback(samples=16)]  # of lightning.Trainer(callbacks=callbacks)
     """
 
-    def __init__(self, samples: int = 0, *, seed: int = 0, save: bool = True):
+    def __init__(
+        self,
+        samples: int = 0,
+        *,
+        seed: int = 0,
+        save: bool = True,
+        leave_one_out: Any = None,
+        **options: Any,
+    ):
         self.samples, self.seed, self.save = samples, seed, save
+        self.left_out, self.options = leave_one_out, options
         self.posterior: Posterior | None = None
         self._hook: Any = None
 
@@ -76,13 +90,14 @@ class PosteriorCallback(Callback):
             _ivon(trainer).eval()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        predicts = self.samples and trainer.optimizers  # not so in Trainer.validate()
+        wanted = self.samples or self.left_out is not None
+        predicts = wanted and trainer.optimizers  # not so in Trainer.validate()
         self.posterior = _ivon(trainer).posterior(pl_module) if predicts else None
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        if self.posterior is None:
+        if self.posterior is None or not self.samples:
             return
         for name, posterior in (("mean", None), ("posterior", self.posterior)):
             with trainer.precision_plugin.forward_context():
@@ -92,6 +107,12 @@ class PosteriorCallback(Callback):
                 f"{name}/accuracy": metrics.accuracy(found.probs, batch[1]),
             }
             pl_module.log_dict(scores, on_epoch=True, batch_size=len(batch[1]), sync_dist=True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.posterior is not None and self.left_out is not None:
+            options = {"n_train": self.posterior.ess, **self.options}
+            found = leave_one_out(pl_module, self.posterior, self.left_out, **options)
+            pl_module.log("leave_one_out/nll", found.nll, sync_dist=True)
 
     def on_validation_end(self, *_: Any) -> None:
         self.posterior = None

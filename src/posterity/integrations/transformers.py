@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..ivon import IVON
+from ..perturbation import leave_one_out
 from ..posterior import Posterior
 
 if TYPE_CHECKING:  # it need not be installed
@@ -43,10 +44,37 @@ class PosteriorCallback(TrainerCallback):
     share of the Hessian that is off ``hess_init`` by over a tenth of it. They stand in Trainer's
     log history; callbacks that report elsewhere see them if they come later.
 
+    Args:
+        leave_one_out: training examples, all or a random part, as batches that have ``labels``.
+            Each evaluation then also has ``eval_leave_one_out``: what
+            :func:`posterity.leave_one_out` estimates of the loss without test data.
+        options: of :func:`posterity.leave_one_out`. ``n_train`` is λ unless it is given, and
+            examples are taken one at a time, since most of these models need that.
+
     Example::
 
         Trainer(..., callbacks=[PosteriorCallback(), TensorBoardCallback()])
     """
+
+    def __init__(self, *, leave_one_out: Any = None, **options: Any):
+        self.left_out, self.options = leave_one_out, options
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **given: Any,
+    ) -> None:
+        if self.left_out is None or given["optimizer"] is None:
+            return
+        posterior = posterior_of(_ivon(given["optimizer"]), given["model"])
+        options = {"n_train": posterior.ess, "vectorize": False, **self.options}
+        found = leave_one_out(given["model"], posterior, self.left_out, **options)
+        for log in (metrics, state.log_history[-1]):
+            if log is not None:
+                log["eval_leave_one_out"] = found.nll
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
