@@ -66,7 +66,8 @@ def follow(
     known = {row["step"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     n = len(task.train[1])
     last = chosen.epochs * math.ceil(n / chosen.batch_size)
-    wanted = {round(10 * (last / 10) ** (i / (CHECKPOINTS - 1))) for i in range(CHECKPOINTS)}
+    first = min(10, last / CHECKPOINTS)
+    wanted = {round(first * (last / first) ** (i / (CHECKPOINTS - 1))) for i in range(CHECKPOINTS)}
 
     def watch(step: int, model: nn.Module, opt: torch.optim.Optimizer) -> None:
         if step not in wanted or step in known:
