@@ -24,7 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from .batches import Pairs, count
 from .binding import Tensors, call, clean_name, evaluating, floats, placed
 from .metrics import IGNORED
-from .posterior import Posterior
+from .posterior import Mixture, Posterior
 from .prediction import Likelihood
 from .variances import Form, Gaussian, divided, linear, sampled, times, without_curvature
 
@@ -201,6 +201,8 @@ def perturb(
         raise ValueError("variance is 'jacobian' or 'samples', and order 1 or 2")
     if samples < 2 or not memory > 0:
         raise ValueError(f"needs samples >= 2 and memory > 0, not {samples} and {memory}")
+    if isinstance(posterior, Mixture):
+        raise ValueError("a mixture has no one mean: pass one of its components")
     mean = placed(model, posterior.mean | posterior.buffers)
     batches = Pairs(data, batch_size)
     factor = 1.0
@@ -227,7 +229,7 @@ def perturb(
                 shift = times(without_curvature(w, loss, f, y), e)
             n_targets = count(y)
             scores.append(score.flatten(1).norm(2 if full else 1, dim=1))
-            losses.append(torch.stack([loss(f, y), loss(f + shift, y)]) / n_targets)
+            losses.append(torch.stack([loss(f, y), loss(f + shift, y)]) / n_targets.clamp(min=1))
             counts.append(n_targets)
             if shifts:
                 moves.append(shift)
