@@ -183,7 +183,7 @@ def lenet5() -> Recipe:
         batch_size=256,
         optimizers={
             "adamw": Adamw(lr=1e-3, weight_decay=1e-2),
-            "ivon": Ivon(lr=0.1, hess_init=0.1, weight_decay=1e-3),
+            "ivon": Ivon(lr=0.1, hess_init=0.1, weight_decay=1e-3, memory=2e3),
         },
     )
 

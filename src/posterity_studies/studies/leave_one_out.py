@@ -32,7 +32,7 @@ from posterity_studies.train import Progress, Task, batches, load_task, train
 
 CHECKPOINTS = 24
 PRIOR = 60.0  # λδ of the authors' settings: the prior precision of both
-STEPS, RATE, MEMORY = 500, 0.1, 1e3  # of the brute force: its steps, lr, and 1/(1−β2)
+STEPS, RATE, MEMORY = 500, 0.01, 1e3  # of the brute force: its steps, lr, and 1/(1−β2)
 
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
