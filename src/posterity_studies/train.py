@@ -22,7 +22,7 @@ from posterity_studies.recipes import Recipe, UserError
 
 EVAL_BATCH = 250  # small enough for a CPU's cache
 
-Progress = Callable[[Iterable[int], int, str], Iterable[int]]  # (items, how many, label) → items
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, label) → items
 Watch = Callable[[int, nn.Module, torch.optim.Optimizer], None]  # after step 1, 2, …
 
 

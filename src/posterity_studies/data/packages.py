@@ -14,6 +14,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posterity_studies.data import cache, sources
 from posterity_studies.data.cache import DataError
@@ -76,6 +77,21 @@ def folder(name: str) -> Path:
                 if not found.exists():  # else another process was faster
                     raise
     return found
+
+
+def transformers() -> Any:
+    """The library, where it is installed.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        import transformers  # pyright: ignore
+    except ImportError:
+        raise DataError("this needs transformers: pip install 'posterity[frameworks]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 def sentiment(domain: str) -> tuple[list[str], list[int]]:
