@@ -97,7 +97,7 @@ def sparsified(
         from peft.utils import merge_utils  # pyright: ignore
     except ImportError:
         raise ImportError(f"method {rule!r} needs PEFT: pip install peft") from None
-    moves = [(q.mean - base.mean).cpu() for q in models]  # the same numbers on every machine
+    moves = [(q.mean - base.mean).cpu() for q in models]  # one generator, whatever the device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scale = torch.tensor(weights, dtype=torch.float64)
@@ -270,6 +270,12 @@ def _stored(path: str | Path) -> _Source:
             needed = held or part in ("mean", "precision")
             if needed and part != "buffer" and (odd := held ^ names["mean"]):
                 raise ValueError(f"{part} and mean have different names: {some(sorted(odd))}")
+        mean, precision = (
+            {n: tensors[f"{part}/{n}"].shape for n in names["mean"]}
+            for part in ("mean", "precision")
+        )
+        if odd := [n for n in mean if mean[n] != precision[n]]:
+            raise ValueError(f"precision and mean differ in shape: {some(odd)}")
         told = {"ess": facts["ess"], "settings": facts["settings"]}
         like = {key: tensor.to("meta") for key, tensor in tensors.items()}
     return _Source(str(path), like, told, partial(stored, path))
@@ -300,8 +306,7 @@ def _merging(
     like |= {key: base.like[key].to("meta") for key in inherited} if base else {}
     names = [key.removeprefix("mean/") for key in models[0].shapes("mean")]
     if method == "fisher":
-        flat = torch.zeros((), dtype=torch.float64)
-        like |= {f"prior_precision/{name}": flat.to("meta") for name in names}
+        like |= {f"prior_precision/{n}": like[f"precision/{n}"].new_zeros(()) for n in names}
 
     def values() -> Iterator[tuple[str, Tensor]]:
         for name in names:
@@ -317,17 +322,11 @@ def _merging(
                 value.to(like[f"{part}/{name}"].dtype)
                 for part, value in zip(("mean", "precision"), made, strict=True)
             )
-            if not (mean.isfinite() & precision.isfinite()).all():
-                raise ValueError(f"the merged mean or precision is not finite: {name}")
-            if not (precision > 0).all():
-                raise ValueError(
-                    f"the merged precision is not positive: {name}. Its Hessians are zero or "
-                    "negative there: a base of higher precision, or another method, helps"
-                )
+            _check_values(method, name, mean, precision)
             yield f"mean/{name}", mean
             yield f"precision/{name}", precision
             if method == "fisher":
-                yield f"prior_precision/{name}", flat.to(device)
+                yield f"prior_precision/{name}", precision.new_zeros(())
         for key in inherited:
             assert base is not None
             device = models[0].read(f"mean/{key.partition('/')[2]}").device
@@ -401,6 +400,20 @@ def _check_arguments(
         raise ValueError(f"method {method!r} needs a density in (0, 1], not {density}")
     if not how.density and density is not None:
         raise ValueError(f"method {method!r} uses no density")
+
+
+def _check_values(method: str, name: str, mean: Tensor, precision: Tensor) -> None:
+    if not precision.isfinite().all():
+        raise ValueError(f"the merged precision is not finite: {name}")
+    if not (precision > 0).all():
+        why = (
+            "The base is narrower than the models: is it the prior that they share?"
+            if method == "product"
+            else "Hessians are zero or negative there: a base of more precision would help"
+        )
+        raise ValueError(f"the merged precision is not positive: {name}. {why}")
+    if not mean.isfinite().all():
+        raise ValueError(f"the merged mean is not finite: {name}")
 
 
 def _check_models(models: Sequence[_Source], base: _Source | None, how: Method) -> None:

@@ -43,7 +43,7 @@ def save(
     try:
         with temporary.open("xb") as file:
             file.write(header)
-            for name, value in values or tensors.items():
+            for name, value in tensors.items() if values is None else values:
                 if (value.dtype, value.shape) != (tensors[name].dtype, tensors[name].shape):
                     raise ValueError(f"{name} has another dtype or shape than the file's header")
                 file.seek(len(header) + places.pop(name))

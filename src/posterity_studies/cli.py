@@ -15,6 +15,7 @@ from rich.table import Table
 
 from posterity import Posterior, predict
 from posterity_studies import compare, data, ranks, runs, studies, train, tune
+from posterity_studies.merge import Merge
 from posterity_studies.progress import bar
 from posterity_studies.recipes import Recipe, UserError, recipe
 from posterity_studies.sensitivity import Sensitivity
@@ -233,6 +234,7 @@ def main() -> None:
         "predict": Predict,
         "tune": Tune,
         "sensitivity": Sensitivity,
+        "merge": Merge,
         "study": Study,
     }
     command = tyro.extras.subcommand_cli_from_dict(
