@@ -352,7 +352,10 @@ def test_buffers():
                 "half": torch.tensor([1.0, k]).bfloat16(),
                 "num_batches_tracked": torch.tensor(10 * k),
                 "mask": torch.tensor([[0.0, -math.inf], [0.0, 0.0]]),
-                "frozen": torch.tensor([0.1, 0.7]),
+                "frozen": torch.tensor([0.1, 0.7], dtype=torch.float64),
+                "rotations": torch.polar(
+                    torch.ones(2), torch.rand(2, generator=torch.manual_seed(0))
+                ),
             },
         )
 
@@ -361,7 +364,7 @@ def test_buffers():
     assert merged.buffers["half"].tolist() == [1, 3]
     assert merged.buffers["half"].dtype == torch.bfloat16
     assert merged.buffers["num_batches_tracked"] == 60
-    for name in ("mask", "frozen"):  # to the bit
+    for name in ("mask", "frozen", "rotations"):  # to the bit
         assert torch.equal(merged.buffers[name], at(1).buffers[name])
     with pytest.raises(ValueError, match=r"posterior 1 and posterior 0 .*buffer/frozen, buffer"):
         merge([at(1), make(2)], base=make(0))

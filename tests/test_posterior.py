@@ -653,6 +653,11 @@ def test_tensors_of_every_kind_come_back_from_a_file(tmp_path):
     with storage.loaded(tmp_path / "x", "kinds") as (found, facts):
         assert bits(found) == dict(sorted(bits(tensors).items()))
         assert facts == {"n": 1}
+    whole = (tmp_path / "x").read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    for name, tensor in tensors.items():  # aligned, as readers expect
+        assert (start + header[name]["data_offsets"][0]) % min(tensor.itemsize, 8) == 0
 
 
 @pytest.mark.parametrize(
