@@ -131,7 +131,7 @@ class Predict:
             raise UserError("predict needs at least one image file")
         result, model, posterior = _loaded(self.run, self.samples)
         known = data.LISTINGS[result["data"]]
-        pixels = torch.stack([data.read_image(path) for path in self.images])
+        pixels = torch.stack([data.read_image(path, known.colour) for path in self.images])
         inputs = known.normalise(pixels)
         found = predict(model, posterior, inputs, samples=self.samples)
         drawn = Table(title_justify="left")

@@ -66,7 +66,7 @@ def load_task(recipe: Recipe) -> Task:
     return Task(
         train=(known.normalise(images), targets),
         test=(known.normalise(test_images), test_targets),
-        ood=known.normalise(unknown.test.inputs),
+        ood=known.normalise(known.as_seen(unknown.test.inputs)),
         images=test_images,
         train_images=images,
         class_names=known.class_names,
