@@ -132,7 +132,7 @@ def test_the_real_data_in_colour(tmp_path, monkeypatch):
     assert torch.bincount(cifar10.test.targets).tolist() == [1000] * 10
     assert len(cifar10.class_names) == 10
     pixels = cifar10.normalise(cifar10.train.inputs[::10])
-    assert abs(pixels.mean()) < 0.01
-    assert abs(pixels.std() - 1) < 0.01
+    assert abs(pixels.mean()) < 0.02
+    assert abs(pixels.std() - 1) < 0.02
     assert emoji.test.inputs.shape == (3786, 32, 32, 3)
     assert len(emoji.train) == 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posterity import Prediction, metrics, predict
+from posterity import Posterior, Prediction, metrics, predict
 from posterity_studies import compare, data, runs
 from posterity_studies.recipes import Recipe, recipe
 from posterity_studies.studies.pictures import label, picture
@@ -82,8 +82,9 @@ def judged(base: Recipe, seed: int, out: Path, progress: Progress) -> dict[str, 
         train(base, optimizer, seed, folder, progress)
         _, model, posterior = runs.load(folder)
         title = compare.LABELS[optimizer]
-        methods = {title: None} if posterior is None else {f"{title} at the mean": None}
+        methods: dict[str, Posterior | None] = {title: None}
         if posterior is not None:
+            methods = {f"{title} at the mean": None}
             methods[f"{title}, {base.samples} samples"] = posterior
         for method, q in methods.items():
             prediction = predict(model, q, inputs, base.samples, batch_size=EVAL_BATCH)
