@@ -91,7 +91,7 @@ class Prepared:
 
     base: nn.Module
     start: Posterior  # the base's weights
-    splits: dict[str, tuple[Rows, Rows, Rows]]
+    splits: Mapping[str, tuple[Rows, Rows, Rows]]
     tuned: dict[str, Posterior]
     squared: dict[str, Posterior]
     multitask: Posterior
