@@ -1,6 +1,6 @@
 """Variational learning of deep networks: IVON, and the Gaussian posterior it leaves."""
 
-from . import metrics
+from . import language, metrics
 from .distributed import reduce_per_rank
 from .ivon import IVON
 from .perturbation import leave_one_out, sensitivity
@@ -12,6 +12,7 @@ __all__ = [
     "Mixture",
     "Posterior",
     "Prediction",
+    "language",
     "leave_one_out",
     "metrics",
     "predict",
