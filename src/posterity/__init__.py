@@ -1,6 +1,6 @@
 """Variational learning of deep networks: IVON, and the Gaussian posterior it leaves."""
 
-from . import metrics
+from . import language, metrics
 from .distributed import reduce_per_rank
 from .ivon import IVON
 from .merging import merge
@@ -13,6 +13,7 @@ __all__ = [
     "Mixture",
     "Posterior",
     "Prediction",
+    "language",
     "leave_one_out",
     "merge",
     "metrics",

@@ -76,7 +76,8 @@ def register(folder, monkeypatch):
             Source(kind, f"address{i}", (), partial(idx.decode, shapes=SHAPES))
             for i, kind in enumerate(kinds)
         )
-        tiny = Listing("tiny", tuple("abcdef"), (0.5,), (0.25,), "none", DIGEST, served)
+        facts = {"name": "tiny", "licence": "none", "digest": DIGEST, "sources": served}
+        tiny = Listing(**facts, class_names=tuple("abcdef"), mean=(0.5,), std=(0.25,))
         monkeypatch.setattr(data, "LISTINGS", {"tiny": tiny})
 
     return register
@@ -583,13 +584,13 @@ def test_normalise_takes_this_sets_moments(register):
 
 def test_normalise_puts_colour_channels_first():
     colour = data.DataSet(
-        "colour",
-        (),
-        (0.0, 0.2, 1.0),
-        (1.0, 2.0, 4.0),
-        "none",
-        DIGEST,
-        (),
+        name="colour",
+        class_names=(),
+        mean=(0.0, 0.2, 1.0),
+        std=(1.0, 2.0, 4.0),
+        licence="none",
+        digest=DIGEST,
+        sources=(),
         source="here",
         train=data.Split(torch.empty(0), torch.empty(0)),
         test=data.Split(torch.empty(0), torch.empty(0)),

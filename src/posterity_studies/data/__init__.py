@@ -33,21 +33,26 @@ class Source:
         return f"{self.kind.__name__} {self.address}"
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What is known of a data set beforehand; `sources` are tried in order.
-
-    `mean` and `std` are those of the training pixels divided by 255, one per channel;
-    `digest` is `cache.digest` of the decoded arrays.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where data come from, `sources` in order; `digest` is `cache.digest` of their arrays."""
 
     name: str
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     licence: str
     digest: str
     sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing(Origin):
+    """What is known of a data set of images beforehand.
+
+    `mean` and `std` are those of the training pixels divided by 255, one per channel.
+    """
+
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @property
     def colour(self) -> bool:
@@ -100,7 +105,7 @@ class Split:
         return len(self.targets)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class DataSet(Listing):
     """A listing fetched: the verified splits, and in `source` which source served them."""
 
@@ -122,7 +127,7 @@ def load(name: str) -> DataSet:
     if name not in LISTINGS:
         raise ValueError(f"no data set {name!r}; there are {', '.join(LISTINGS)}")
     listing = LISTINGS[name]
-    arrays, source = cache.read(name, listing.digest) or _fetch(listing)
+    arrays, source = cache.read(name, listing.digest) or fetch(listing)
     train, test = (
         Split(*(torch.from_numpy(arrays[f"{split}.{part}"]) for part in ("inputs", "targets")))
         for split in ("train", "test")
@@ -130,7 +135,11 @@ def load(name: str) -> DataSet:
     return DataSet(**vars(listing), train=train, test=test, source=source)
 
 
-def _fetch(listing: Listing) -> tuple[Arrays, str]:
+def fetch(listing: Origin) -> tuple[Arrays, str]:
+    """The arrays from the first source that serves them rightly, cached, and that source.
+
+    Raises DataError where none does.
+    """
     cache.prepare(listing.name)  # first: an unusable folder should not cost a download
     failures = []
     for source in listing.sources:
