@@ -22,6 +22,8 @@ Scale = Literal["smoke", "desk"]  # smoke: seconds, for tests; its numbers mean 
 STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "leave-one-out": "Does the estimate from training data alone follow the test loss?",
     "label-noise": "Does sensitivity find wrong labels, and better than the loss?",
+    "gap": "Does the variance grow between the data?",
+    "language": "Does averaging over posterior samples improve perplexity?",
 }
 
 
