@@ -169,8 +169,11 @@ def draw_sentence(path: Path, sentence: dict[str, Any]) -> None:
         panel = panels[0]
         information = torch.tensor(sentence["mutual information"])
         rest = torch.tensor(sentence["entropy"]) - information
-        panel.bar(places, rest, 0.8, color=COLOURS[0], label="entropy of a sample, mean")
-        panel.bar(places, information, 0.8, rest, color=COLOURS[1], label="mutual information")
+        panel.bar(places, rest.tolist(), 0.8, color=COLOURS[0], label="entropy of a sample, mean")
+        panel.bar(
+            places, information.tolist(), 0.8, rest.tolist(), color=COLOURS[1],
+            label="mutual information",
+        )  # fmt: skip
         panel.plot(places, sentence["surprise"], "o", color="#222222", ms=3, label="surprise")
         label(panel, "How unsure of each byte, given those before it", "", "nats")
         panel.set_xticks(places, letters, fontsize=9, family="monospace")
