@@ -83,8 +83,8 @@ def trained(path: Path, size: Size, prose: Tensor, seed: int, progress: Progress
     rest = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": plain}, {"params": rest, "weight_decay": 0.0}]
     how = {"hess_init": 0.01, "betas": (0.9, 0.9995), "weight_decay": 1e-6, "clip_radius": 1e-3}
-    opt = IVON(groups, lr=100.0, ess=size.sharpness * len(prose), seed=seed, **how)
-    factor = warmup_cosine(size.steps / 15, size.steps)
+    opt = IVON(groups, lr=70.0, ess=size.sharpness * len(prose), seed=seed, **how)
+    factor = warmup_cosine(size.steps / 10, size.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, factor)
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(size.context + 1)
