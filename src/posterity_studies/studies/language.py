@@ -163,18 +163,14 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_sentence(path: Path, sentence: dict[str, Any]) -> None:
-    """Entropy before each byte, split in what more data could take away and what not."""
+    """Entropy before each byte, and the part of it that the samples disagree about."""
     letters = sentence["text"].replace(" ", "␣").replace("\n", "⏎")
     places = range(len(letters))
+    tenfold = [10 * value for value in sentence["mutual information"]]
     with picture(path, size=(12, 3.2)) as panels:
         panel = panels[0]
-        information = torch.tensor(sentence["mutual information"])
-        rest = torch.tensor(sentence["entropy"]) - information
-        panel.bar(places, rest.tolist(), 0.8, color=COLOURS[0], label="entropy of a sample, mean")
-        panel.bar(
-            places, information.tolist(), 0.8, rest.tolist(), color=COLOURS[1],
-            label="mutual information",
-        )  # fmt: skip
+        panel.bar(places, sentence["entropy"], 0.8, color=COLOURS[0], alpha=0.6, label="entropy")
+        panel.bar(places, tenfold, 0.4, color=COLOURS[1], label="mutual information × 10")
         panel.plot(places, sentence["surprise"], "o", color="#222222", ms=3, label="surprise")
         label(panel, "How unsure of each byte, given those before it", "", "nats")
         panel.set_xticks(places, letters, fontsize=9, family="monospace")
