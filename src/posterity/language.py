@@ -259,8 +259,8 @@ def generate(
         cache: keep the keys and values of each sample as Hugging Face's models do, so that a step
             reads one token only; default: if the model's ``config.use_cache`` says so.
         keep: hold the S samples in memory, S times the posterior's size (of an adapter: little).
-            False draws each sample again for each token, which costs several times the forward pass
-            of that token.
+            False draws each sample again for each token: some twenty times the forward pass over
+            one token.
 
     A token costs S forward passes, and a cache S times its memory.
 

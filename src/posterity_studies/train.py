@@ -151,7 +151,7 @@ def train(
     if ranks.first():
         runs.write_json(folder / "config.json", config)  # nothing is written for wrong settings
     steps = recipe.epochs * math.ceil(n / recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, _warmup_cosine(recipe.warmup * steps, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, warmup_cosine(recipe.warmup * steps, steps))
     log = _Log(folder / "metrics.jsonl")
     _forget_peak_memory()
     done, seconds = _resume(folder / "checkpoint.pt", model, opt, schedule, log)
@@ -244,7 +244,9 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
+def warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
+    """The factor of a learning rate at each step: linear to 1, then half a cosine to 0."""
+
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)

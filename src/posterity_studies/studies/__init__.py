@@ -25,6 +25,8 @@ STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "selective": "Does abstention keep its promise, what can be pruned, and how warm should it be?",
     "merging": "Is IVON's Hessian good for merging finetuned models?",
     "label-noise": "Does sensitivity find wrong labels, and better than the loss?",
+    "gap": "Does the variance grow between the data?",
+    "language": "Does averaging over posterior samples improve perplexity?",
 }
 
 
