@@ -153,7 +153,7 @@ def train(
     steps = recipe.epochs * math.ceil(n / recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, warmup_cosine(recipe.warmup * steps, steps))
     log = _Log(folder / "metrics.jsonl")
-    _forget_peak_memory()
+    forget_peak_memory()
     done, seconds = _resume(folder / "checkpoint.pt", model, opt, schedule, log)
     replica = ranks.replica(model)
     for epoch in range(done, recipe.epochs):
@@ -173,7 +173,7 @@ def train(
             "log": log.position,
         }
         runs.write_checkpoint(folder / "checkpoint.pt", checkpoint)
-    peak = _peak_memory()
+    peak = peak_memory()
     evaluations = _finish(recipe, task, model, opt, folder, progress)
     if not ranks.first():
         ranks.together()
@@ -230,13 +230,13 @@ def _epoch(
     return seconds
 
 
-def _forget_peak_memory() -> None:
+def forget_peak_memory() -> None:
     """Start the peak afresh, so that it is training's and not that of loading the data."""
     with suppress(OSError):  # Linux only
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     """The process's largest resident memory, in MiB."""
     with suppress(OSError):
         status = Path("/proc/self/status").read_text()

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from posterity_studies.data import cache, sources
 from posterity_studies.data.cache import DataError
 
@@ -99,6 +101,21 @@ def transformers() -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
+
+
+def minilm(**options: Any) -> Any:
+    """MiniLM with a new head for two classes."""
+    kind = transformers().AutoModelForSequenceClassification
+    return kind.from_pretrained(folder("minilm"), num_labels=2, **options)
+
+
+def smollm2() -> Any:
+    """SmolLM2-135M-Instruct, in float32."""
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    kind = transformers().AutoModelForCausalLM
+    model = kind.from_pretrained(folder("smollm2"), gguf_file=name, dtype=torch.float32)
+    model.config.use_cache = False
+    return model
 
 
 def sentiment(domain: str) -> tuple[list[str], list[int]]:

@@ -24,6 +24,7 @@ STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "ood": "Does the network notice what it was not trained on?",
     "selective": "Does abstention keep its promise, what can be pruned, and how warm should it be?",
     "merging": "Is IVON's Hessian good for merging finetuned models?",
+    "cost": "What does each use of a posterior cost, from 10,000 weights to 135 million?",
     "label-noise": "Does sensitivity find wrong labels, and better than the loss?",
     "gap": "Does the variance grow between the data?",
     "language": "Does averaging over posterior samples improve perplexity?",
