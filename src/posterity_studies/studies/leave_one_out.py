@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -132,7 +133,11 @@ def draw(
             title = {"ivon": "IVON's posterior", "adamw": "AdamW's stand-in"}[optimizer]
             label(panel, title, "epochs", "mean loss, nats")
             panel.set(xscale="log", yscale="log")
-        panels[0].legend()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
+            panel.xaxis.set_major_formatter("{x:g}")
+        panels[1].legend(loc="lower left")
 
 
 def by_brute_force(
