@@ -618,7 +618,7 @@ def test_a_missing_file_is_not_found(tmp_path):
             kind.load(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("stage", ["save_file", "fsync"])
+@pytest.mark.parametrize("stage", ["_bytes", "fsync"])
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, stage):
     path = tmp_path / "q"
     make(0).save(path)
@@ -627,12 +627,49 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     def failing(*_):
         raise OSError("disk full")
 
-    where = storage if stage == "save_file" else os
+    where = storage if stage == "_bytes" else os
     monkeypatch.setattr(where, stage, failing)
     with pytest.raises(OSError, match="disk full"):
         make(1).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_same_posterior_makes_the_same_bytes(tmp_path):
+    rich().prune(0.5).save(tmp_path / "q")
+    before = (tmp_path / "q").read_bytes()
+    Posterior.load(tmp_path / "q").save(tmp_path / "r")
+    assert (tmp_path / "r").read_bytes() == before
+
+
+KINDS = [torch.float64, torch.bfloat16, torch.bool, torch.int64, torch.uint8, torch.complex64]
+
+
+def test_tensors_of_every_kind_come_back_from_a_file(tmp_path):
+    tensors = {f"t{i}": torch.rand(3, 5).to(kind) for i, kind in enumerate(KINDS)}
+    tensors |= {"e": torch.empty(0, 3), "s": torch.tensor(True), "c": torch.rand(4, 4)[:, ::2]}
+    storage.save(tmp_path / "x", "kinds", tensors, {"n": 1})
+    assert bits(load_file(tmp_path / "x")) == dict(sorted(bits(tensors).items()))
+    with storage.loaded(tmp_path / "x", "kinds") as (found, facts):
+        assert bits(found) == dict(sorted(bits(tensors).items()))
+        assert facts == {"n": 1}
+    whole = (tmp_path / "x").read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    for name, tensor in tensors.items():  # aligned, as readers expect
+        assert (start + header[name]["data_offsets"][0]) % min(tensor.itemsize, 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [([("w", torch.ones(3))], "w has another"), ([("w", torch.ones(2).double())], "w has another"),
+     ([("w", torch.ones(2))], "no values for v")],
+)  # fmt: skip
+def test_values_that_the_header_does_not_announce_make_no_file(tmp_path, values, message):
+    like = {"w": torch.empty(2, device="meta"), "v": torch.empty(1, device="meta")}
+    with pytest.raises(ValueError, match=message):
+        storage.save(tmp_path / "x", "like", like, {}, values)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")

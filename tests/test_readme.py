@@ -49,7 +49,7 @@ def test_public_names_have_a_docstring_with_one_line_first(name):
     assert first.rstrip().endswith((".", ":")), f"{name}: {first!r}"
 
 
-@pytest.mark.parametrize("name", ["IVON", "Posterior", "Mixture", "predict"])
+@pytest.mark.parametrize("name", ["IVON", "Posterior", "Mixture", "merge", "predict"])
 def test_main_names_have_example_and_source(name):
     doc = inspect.getdoc(public()[name]) or ""
     assert ">>>" in doc, f"{name}: no example"

@@ -3,6 +3,7 @@
 from . import language, metrics
 from .distributed import reduce_per_rank
 from .ivon import IVON
+from .merging import merge
 from .perturbation import leave_one_out, sensitivity
 from .posterior import Mixture, Posterior
 from .prediction import Prediction, predict, update_bn
@@ -14,6 +15,7 @@ __all__ = [
     "Prediction",
     "language",
     "leave_one_out",
+    "merge",
     "metrics",
     "predict",
     "reduce_per_rank",

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -321,7 +321,27 @@ class Posterior:
 
         Source: Blundell et al. 2015, arXiv 1505.05424, section 5.1.1.
         """
-        pruned = {n: m.abs() < snr * self._std(n) for n, m in self.mean.items()}
+        return self._zeroed({n: m.abs() < snr * self._std(n) for n, m in self.mean.items()})
+
+    def prune_share(self, share: float, by: Literal["snr", "magnitude"] = "snr") -> Posterior:
+        """The ``share`` of all weights with the smallest |mean|/σ, or |mean|, become exact zeros.
+
+        As :meth:`prune`, whose threshold is then that of the share; weights that tie there stay.
+
+        Raises:
+            ValueError: a share that is not in [0, 1], or another measure.
+        """
+        if not 0 <= share <= 1 or by not in ("snr", "magnitude"):
+            raise ValueError(f"needs a share in [0, 1] by 'snr' or 'magnitude', not {share}, {by}")
+        worth = {n: m.abs().to(_wide(m)) for n, m in self.mean.items()}
+        if by == "snr":
+            worth = {n: w * self.precision[n].to(w).sqrt() for n, w in worth.items()}
+        flat = torch.cat([w.flatten() for w in worth.values()])
+        count = math.floor(share * len(flat) + 1e-9)
+        limit = flat.kthvalue(count + 1).values if count < len(flat) else torch.inf
+        return self._zeroed({n: w < limit for n, w in worth.items()})
+
+    def _zeroed(self, pruned: Tensors) -> Posterior:
         if self.pruned:
             pruned = {n: mask | self.pruned[n] for n, mask in pruned.items()}
         mean = {n: m.masked_fill(pruned[n], 0) for n, m in self.mean.items()}

@@ -4,37 +4,86 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
+
+from .binding import some
 
 VERSION = 1  # of the files
 
 Tensors = dict[str, Tensor]
 
 
-def save(path: str | Path, form: str, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-    """Write a safetensors file beside its place, then move it there."""
+def save(
+    path: str | Path,
+    form: str,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    values: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Write a safetensors file beside its place, then move it there; the same bits, same bytes.
+
+    With ``values``, ``tensors`` only tell dtypes and shapes (they may be on the meta device), and
+    the values come one by one, in any order: a file may be larger than the memory.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     told = {"format": form, "version": str(VERSION)}
     told |= {name: json.dumps(value) for name, value in facts.items()}
+    header, places = _header(tensors, told)
     try:
         with temporary.open("xb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # save_file's own is 0600, whatever the umask
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, told)
-        with temporary.open("rb+") as file:
+            file.write(header)
+            for name, value in tensors.items() if values is None else values:
+                if (value.dtype, value.shape) != (tensors[name].dtype, tensors[name].shape):
+                    raise ValueError(f"{name} has another dtype or shape than the file's header")
+                file.seek(len(header) + places.pop(name))
+                file.write(_bytes(value))
+            if places:
+                raise ValueError(f"no values for {some(places)}")
+            file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _header(tensors: Mapping[str, Tensor], told: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the tensors', and where each tensor's begin after them.
+
+    https://huggingface.co/docs/safetensors/index#format; safetensors' own writer needs all tensors
+    in memory, and orders the facts at random.
+    """
+    listed: dict[str, Any] = {"__metadata__": told}
+    places: dict[str, int] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n)):  # wide first: aligned
+        places[name], size = end, tensors[name].nbytes
+        span = [end, end := end + size]
+        shape = list(tensors[name].shape)
+        listed[name] = {"dtype": _code(tensors[name].dtype), "shape": shape, "data_offsets": span}
+    text = json.dumps(listed, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places
+
+
+@cache
+def _code(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype."""
+    return json.loads(serialised({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"]
+
+
+def _bytes(value: Tensor) -> Any:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager
@@ -52,3 +101,9 @@ def loaded(path: str | Path, form: str) -> Iterator[tuple[Tensors, dict[str, Any
         yield tensors, {name: json.loads(value) for name, value in told.items()}
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"cannot load {path}: {error}") from error
+
+
+def stored(path: str | Path, name: str) -> Tensor:
+    """One tensor of a file; nothing else of the file stays in memory."""
+    with safe_open(str(path), "pt") as file:
+        return file.get_tensor(name)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from posterity import Posterior, predict
 from posterity_studies import compare, data, ranks, runs, studies, train, tune
+from posterity_studies.merge import Merge
+from posterity_studies.predicting import Predict
 from posterity_studies.progress import bar
 from posterity_studies.recipes import Recipe, UserError, recipe
 from posterity_studies.sensitivity import Sensitivity
@@ -97,7 +97,7 @@ class Evaluate:
     """Posterior samples; 0 evaluates at the mean."""
 
     def __call__(self) -> None:
-        result, model, posterior = _loaded(self.run, self.samples)
+        result, model, posterior = runs.load_sampled(self.run, self.samples)
         chosen = runs.recipe_of(result)
         task = train.load_task(chosen)
         found = train.evaluate(model, posterior, task.test, task.ood, self.samples, bar)
@@ -112,40 +112,6 @@ class Evaluate:
         kept = {k: v for k, v in found.items() if isinstance(v, float)}
         name = f"evaluation-{self.samples if posterior else 0}.json"
         runs.write_json(self.run / name, {"samples": self.samples if posterior else 0, **kept})
-
-
-@dataclass
-class Predict:
-    """Classify image files: probabilities, and how unsure the model is."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of a run."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """PNG or JPEG files; light on dark, as in the data."""
-    samples: int = 64
-    """Posterior samples; 0 predicts at the mean."""
-
-    def __call__(self) -> None:
-        if not self.images:
-            raise UserError("predict needs at least one image file")
-        result, model, posterior = _loaded(self.run, self.samples)
-        known = data.LISTINGS[result["data"]]
-        pixels = torch.stack([data.read_image(path) for path in self.images])
-        inputs = known.normalise(pixels)
-        found = predict(model, posterior, inputs, samples=self.samples)
-        drawn = Table(title_justify="left")
-        for heading in ("image", "most probable classes", "entropy", "mutual information"):
-            drawn.add_column(heading)
-        for path, probs, entropy, information in zip(
-            self.images, found.probs, found.entropy, found.mutual_information, strict=True
-        ):
-            top = probs.topk(3)
-            classes = ", ".join(
-                f"{known.class_names[i]} {p:.1%}"
-                for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            )
-            drawn.add_row(path.name, classes, f"{entropy:.3f}", f"{information:.3f}")
-        Console().print(drawn)
 
 
 @dataclass
@@ -216,14 +182,6 @@ def _changed(chosen: Recipe, epochs: int | None, samples: int | None) -> Recipe:
     return replace(chosen, **{k: v for k, v in given.items() if v is not None})
 
 
-def _loaded(run: Path, samples: int) -> tuple[dict, torch.nn.Module, Posterior | None]:
-    """As :func:`runs.load`; no posterior for no samples."""
-    if samples < 0:
-        raise UserError("--samples must be 0 (at the mean) or more")
-    result, model, posterior = runs.load(run)
-    return result, model, posterior if samples else None
-
-
 def main() -> None:
     """Run the command line; wrong input ends in one line and exit code 2."""
     commands = {
@@ -233,6 +191,7 @@ def main() -> None:
         "predict": Predict,
         "tune": Tune,
         "sensitivity": Sensitivity,
+        "merge": Merge,
         "study": Study,
     }
     command = tyro.extras.subcommand_cli_from_dict(

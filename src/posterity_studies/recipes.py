@@ -188,6 +188,27 @@ def lenet5() -> Recipe:
     )
 
 
+def cifar10() -> Recipe:
+    """CIFAR-10 with a small convolutional network; emoji are what it has not seen."""
+    return replace(
+        fashion_mnist(),
+        name="cifar10",
+        data="cifar10",
+        ood="emoji",
+        network="conv_colour",
+        epochs=8,
+        samples=32,
+        optimizers={
+            "adamw": Adamw(lr=3e-3, weight_decay=0.3),
+            "sgd": Sgd(lr=0.1, weight_decay=1e-3),
+            "ivon": Ivon(
+                **{"lr": 0.6, "hess_init": 0.05, "weight_decay": 1e-3, "temperature": 0.1},
+                **{"memory": 2e3, "clip_radius": 0.3},
+            ),
+        },
+    )
+
+
 def smoke() -> Recipe:
     """`fashion-mnist` cut to seconds: two epochs on 2,000 images, for tests."""
     base = fashion_mnist()
@@ -202,7 +223,7 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {"fashion-mnist": fashion_mnist, "lenet5": lenet5, "smoke": smoke}
+RECIPES = {"fashion-mnist": fashion_mnist, "lenet5": lenet5, "cifar10": cifar10, "smoke": smoke}
 
 
 def recipe(name: str) -> Recipe:

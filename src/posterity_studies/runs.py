@@ -109,6 +109,18 @@ def load(run: Path) -> tuple[dict[str, Any], nn.Module, Posterior | None]:
     return result, model, Posterior.load(path) if path.exists() else None
 
 
+def load_sampled(run: Path, samples: int) -> tuple[dict[str, Any], nn.Module, Posterior | None]:
+    """As :func:`load`; no posterior for no samples.
+
+    Raises:
+        UserError: as :func:`load`, or a negative number of samples.
+    """
+    if samples < 0:
+        raise UserError("--samples must be 0 (at the mean) or more")
+    result, model, posterior = load(run)
+    return result, model, posterior if samples else None
+
+
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a training checkpoint, atomically."""
     with replacing(path) as temporary:

@@ -22,7 +22,7 @@ from posterity_studies.recipes import Recipe, UserError
 
 EVAL_BATCH = 250  # small enough for a CPU's cache
 
-Progress = Callable[[Iterable[int], int, str], Iterable[int]]  # (items, how many, label) → items
+Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, label) → items
 Watch = Callable[[int, nn.Module, torch.optim.Optimizer], None]  # after step 1, 2, …
 
 
@@ -66,7 +66,7 @@ def load_task(recipe: Recipe) -> Task:
     return Task(
         train=(known.normalise(images), targets),
         test=(known.normalise(test_images), test_targets),
-        ood=known.normalise(unknown.test.inputs),
+        ood=known.normalise(known.as_seen(unknown.test.inputs)),
         images=test_images,
         train_images=images,
         class_names=known.class_names,

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from posterity import predict
+from posterity.selective import abstention
 from posterity_studies import compare, data, recipes, runs, train, tune
 from posterity_studies.recipes import UserError
 
@@ -220,6 +222,30 @@ def test_evaluate_agrees_with_the_run(run, call):
     result = runs.read_json(run / "result.json")["evaluations"]["samples"]
     assert found["nll"] == pytest.approx(result["nll"], rel=1e-6)
     (run / "evaluation-4.json").unlink()
+
+
+def test_predict_abstains_where_the_promised_risk_asks_for_it(run, call, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    task = train.load_task(recipes.recipe("smoke"))
+    model, posterior = runs.load(run)[1:]
+    mine = predict(model, posterior, task.test[0][:1], samples=4).probs[0]
+    for top in (float(mine.max()) - 0.01, float(mine.max()) + 0.01):  # as if half were so sure
+        probs = torch.full((100, 10), 0.1)
+        probs[:50] = (1 - top) / 9
+        probs[torch.arange(50), task.test[1][:50]] = top
+        runs.write_tensors(copy / "predictions.safetensors", {"samples.probs": probs})
+        rule = abstention(probs, task.test[1], risk=0.3)
+        Image.fromarray(task.images[0].numpy()).save(tmp_path / "a.png")
+        done = call("predict", copy, tmp_path / "a.png", "--samples", 4, "--abstain-at", 0.3)
+        assert done.returncode == 0, done.stderr
+        assert f"above {rule.threshold:.4f}: 50.0% of the test images, 0 of these 50" in done.stdout
+        answered = "abstains" not in done.stdout
+        assert answered == (float(mine.max()) > rule.threshold)
+    assert "it takes" in one_line(
+        call("predict", copy, tmp_path / "a.png", "--samples", 4, "--abstain-at", 0.001)
+    )
+    assert "between 0 and 1" in one_line(call("predict", copy, "x.png", "--abstain-at", 1.5))
 
 
 def test_predict_names_the_class(run, call, tmp_path):

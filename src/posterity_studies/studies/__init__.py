@@ -21,6 +21,9 @@ Scale = Literal["smoke", "desk"]  # smoke: seconds, for tests; its numbers mean 
 
 STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "leave-one-out": "Does the estimate from training data alone follow the test loss?",
+    "ood": "Does the network notice what it was not trained on?",
+    "selective": "Does abstention keep its promise, what can be pruned, and how warm should it be?",
+    "merging": "Is IVON's Hessian good for merging finetuned models?",
     "label-noise": "Does sensitivity find wrong labels, and better than the loss?",
     "gap": "Does the variance grow between the data?",
     "language": "Does averaging over posterior samples improve perplexity?",

@@ -1,0 +1,359 @@
+"""Is IVON's Hessian good for merging finetuned models? (section 4.3)
+
+MiniLM is finetuned with IVON on five domains of sentiment, each alone, and on all together; its
+table of word vectors stays as it is. The five models are merged by every method; what a method can
+choose is chosen by accuracy on held-out sentences, five trials each. The squared gradients are
+those of single examples, in a further pass over all the training data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from posterity import IVON, Mixture, Posterior, predict
+from posterity.merging import merge
+from posterity_studies import runs
+from posterity_studies.data import packages
+from posterity_studies.recipes import UserError
+from posterity_studies.studies.pictures import label, picture
+from posterity_studies.train import Progress
+
+DOMAINS = (*packages.DOMAINS, "airline")
+BATCH = 16
+# λ is above the number of sentences: at λ = n the noise is only small enough to learn with h0 ≥ 10,
+# from which h does not move in a hundred steps.
+SETTINGS: dict[str, Any] = {"lr": 0.1, "ess": 1e7, "hess_init": 1e-3, "betas": (0.9, 0.995)}
+SETTINGS |= {"weight_decay": 1e-6, "clip_radius": 1e-3, "rescale_lr": False}
+PRIOR = SETTINGS["ess"] * SETTINGS["weight_decay"]
+ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the sum of task vectors
+FLOORS = (0.03, 0.1, 0.3, 1.0, 3.0)  # δ0, in mean Hessians: between averaging and their sum
+
+Row = tuple[list[int], int]  # tokens, class
+Rows = Sequence[Row]
+Batch = tuple[dict[str, Tensor], Tensor]
+Score = dict[str, dict[str, float]]  # metric → domain → value
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many sentences of each domain, and how often they are trained on."""
+
+    train: int = 1500
+    validation: int = 300
+    test: int = 1000
+    epochs: int = 2
+
+
+def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
+    """Accuracy of every method on every domain."""
+    size = Size() if scale == "desk" else Size(16, 8, 8, 1)
+    for seed in seeds:  # all of the training first: it takes the longest
+        prepared(out / f"seed{seed}", seed, size, scale == "smoke", progress)
+    found = [merged(out / f"seed{seed}", seed, size, scale == "smoke", progress) for seed in seeds]
+    rows = []
+    for method in found[0]["test"]:
+        tests = [f["test"][method] for f in found]
+        each = torch.tensor([[t["accuracy"][d] for d in DOMAINS] for t in tests])
+        shown = torch.cat([each, each.mean(1, keepdim=True)], 1)
+        rows.append(
+            {
+                "method": method,
+                **dict(zip((*DOMAINS, "average"), map(_spread, shown.T), strict=True)),
+                "NLL": sum(sum(t["nll"].values()) for t in tests) / len(tests) / len(DOMAINS),
+                "chosen": " ".join(f["chosen"].get(method, "") for f in found),
+                "further seconds": sum(f["further"].get(method, 0.0) for f in found) / len(found),
+            }
+        )
+    draw(out / "merging.png", found)
+    read = " ".join(packages.PACKAGES[name].sha256 for name in ("minilm", "sentiment", "airline"))
+    settings = {**SETTINGS, **asdict(size), "batch": BATCH}
+    return {"rows": rows, "data": read, "settings": settings, "runs": found}
+
+
+def _spread(values: Tensor) -> str:
+    """Mean ± standard deviation, in percent."""
+    mean = f"{100 * values.mean().item():.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * values.std().item():.2f}"
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What there is to merge."""
+
+    base: nn.Module
+    start: Posterior  # the base's weights
+    splits: Mapping[str, tuple[Rows, Rows, Rows]]
+    tuned: dict[str, Posterior]
+    squared: dict[str, Posterior]
+    multitask: Posterior
+
+
+def prepared(folder: Path, seed: int, size: Size, tiny: bool, progress: Progress) -> Prepared:
+    """Finetune on each domain and on all, and square gradients; what is done is read."""
+    base = network(seed, tiny)
+    weights = trained(base)
+    start = Posterior(
+        weights,
+        {name: torch.full_like(p, PRIOR) for name, p in weights.items()},
+        prior_precision=PRIOR,
+    )
+    splits = {domain: sentences(domain, seed, size) for domain in DOMAINS}
+    together = [row for domain in DOMAINS for row in splits[domain][0]]
+    sets = {**{domain: splits[domain][0] for domain in DOMAINS}, "multitask": together}
+    tuned, squared = {}, {}
+    for name in progress(sets, len(sets), f"finetuning, seed {seed}"):
+        path = folder / f"{name}.safetensors"
+        tuned[name] = finetuned(path, base, start, sets[name], size, seed)
+    for domain in progress(DOMAINS, len(DOMAINS), f"squared gradients, seed {seed}"):
+        path = folder / f"{domain}-squares.safetensors"
+        squared[domain] = squares(path, base, tuned[domain], sets[domain])
+    return Prepared(base, start, splits, tuned, squared, tuned.pop("multitask"))
+
+
+def merged(folder: Path, seed: int, size: Size, tiny: bool, progress: Progress) -> dict[str, Any]:
+    """Merge by every method, and test."""
+    done = folder / "result.json"
+    if done.exists():
+        return runs.read_json(done)
+    ready = prepared(folder, seed, size, tiny, progress)
+    base, start = ready.base, ready.start
+    held, test = ({d: ready.splits[d][k] for d in DOMAINS} for k in (1, 2))
+    models, fishers = list(ready.tuned.values()), list(ready.squared.values())
+    vectors = {
+        "task arithmetic": {"method": "task_arithmetic"},
+        "TIES": {"method": "ties", "density": 0.5},
+        "DARE": {"method": "dare_linear", "density": 0.5},
+    }
+    reach = {"TIES": len(DOMAINS)}  # an average of the vectors, not their sum
+    trials: dict[str, dict[str, Callable[[], Posterior]]] = {
+        "Hessian of IVON": matched(models, start),
+        "squared gradients": matched(fishers, start),
+        **{
+            name: {
+                f"α {a:g}": partial(merge, models, base=start, alpha=a, **how)
+                for a in (reach.get(name, 1) * a for a in ALPHAS)
+            }
+            for name, how in vectors.items()
+        },
+        "Fisher average, Hessian of IVON": {"": partial(merge, models, method="fisher")},
+        "Fisher average, squared gradients": {"": partial(merge, fishers, method="fisher")},
+        "product of posteriors": {"": partial(merge, models, base=prior(start), method="product")},
+        "simple average": {"": partial(merge, models, method="average")},
+    }
+    found: dict[str, Any] = {"seed": seed, "test": {}, "validation": {}, "chosen": {}}
+    pass_over = sum(q.settings["seconds"] for q in fishers)
+    found["further"] = {method: pass_over for method in trials if "squared" in method}
+    for method, candidates in progress(trials.items(), len(trials), f"merging, seed {seed}"):
+        scores, best = {}, None
+        for name, make in candidates.items():
+            candidate = make()
+            scores[name] = evaluated(base, candidate, held)
+            if best is None or _better(scores[name], scores[best[0]]):
+                best = name, candidate
+        assert best is not None
+        found["validation"][method], found["chosen"][method] = scores, best[0]
+        found["test"][method] = evaluated(base, best[1], test)
+    found["test"]["multitask"] = evaluated(base, ready.multitask, test)
+    found["test"]["mixture of the five"] = evaluated(base, Mixture(models), test)
+    each = {d: evaluated(base, ready.tuned[d], {d: test[d]}) for d in DOMAINS}
+    found["test"]["each domain's own"] = {
+        key: {d: each[d][key][d] for d in DOMAINS} for key in ("accuracy", "nll")
+    }
+    runs.write_json(done, found)
+    return found
+
+
+def _better(new: Score, old: Score) -> bool:
+    """Of higher accuracy over the domains; where it is equal, of lower NLL."""
+
+    def key(score: Score) -> tuple[float, float]:
+        return round(sum(score["accuracy"].values()), 9), -sum(score["nll"].values())
+
+    return key(new) > key(old)
+
+
+def matched(models: Sequence[Posterior], start: Posterior) -> dict[str, Callable[[], Posterior]]:
+    """Merged by gradient matching, with several δ0."""
+    hessians = [h for q in models for h in q.hessian().values()]
+    mean = sum(h.sum().item() for h in hessians) / sum(h.numel() for h in hessians)
+    trials = {}
+    for floor in FLOORS:
+        at = {name: torch.full_like(m, floor * mean) for name, m in start.mean.items()}
+        base = Posterior(start.mean, at, prior_precision=at)
+        trials[f"δ0 {floor}"] = partial(merge, models, base=base)
+    return trials
+
+
+def prior(start: Posterior) -> Posterior:
+    """What the finetuned posteriors share: the weights' prior, around 0."""
+    zero = {name: torch.zeros_like(m) for name, m in start.mean.items()}
+    return Posterior(zero, start.precision, prior_precision=PRIOR)
+
+
+def network(seed: int, tiny: bool = False) -> nn.Module:
+    """MiniLM with a new head and frozen word vectors; for smoke a tiny BERT of its vocabulary."""
+    transformers = packages.transformers()
+    torch.manual_seed(seed)
+    quiet = {"num_labels": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    kind = transformers.AutoModelForSequenceClassification
+    if tiny:
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        small |= {"num_hidden_layers": 1}
+        config = transformers.AutoConfig.from_pretrained(packages.folder("minilm"), **small)
+        config.update(quiet)
+        model = kind.from_config(config)
+    else:
+        model = kind.from_pretrained(packages.folder("minilm"), **quiet)
+    model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are finetuned."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def sentences(domain: str, seed: int, size: Size) -> tuple[list[Row], list[Row], list[Row]]:
+    """Sentences to train on, to choose by and to test with."""
+    tokenizer = packages.transformers().AutoTokenizer.from_pretrained(packages.folder("minilm"))
+    known = dict(zip(*packages.sentiment(domain), strict=True))  # a sentence counts once
+    texts, labels = list(known), list(known.values())
+    wanted = size.train + size.validation + size.test
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:wanted]
+    tokens = tokenizer([texts[i] for i in order], truncation=True, max_length=64)["input_ids"]
+    rows = list(zip(tokens, (labels[i] for i in order), strict=True))
+    first, second = size.train, size.train + size.validation
+    return rows[:first], rows[first:second], rows[second:]
+
+
+def padded(rows: Rows) -> Batch:
+    """Sentences as one batch."""
+    tokens = [torch.tensor(row) for row, _ in rows]
+    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask}, torch.tensor([y for _, y in rows])
+
+
+def batches(rows: Rows, size: int, generator: torch.Generator) -> Iterator[Batch]:
+    """An epoch in batches of like length, in random order."""
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    made = []
+    for start in range(0, len(order), 8 * size):
+        pool = sorted(order[start : start + 8 * size], key=lambda i: len(rows[i][0]))
+        made += [pool[i : i + size] for i in range(0, len(pool), size)]
+    for i in torch.randperm(len(made), generator=generator).tolist():
+        yield padded([rows[j] for j in made[i]])
+
+
+def finetuned(
+    path: Path, model: nn.Module, start: Posterior, rows: Rows, size: Size, seed: int
+) -> Posterior:
+    """The posterior after finetuning from the base; a file where it was done before.
+
+    Raises:
+        UserError: the file is of other settings.
+    """
+    made = json.loads(json.dumps({**SETTINGS, "seed": seed, "n": len(rows), "batch": BATCH}))
+    made["epochs"] = size.epochs
+    if path.exists():
+        found = Posterior.load(path)
+        if {key: found.settings.get(key) for key in made} != made:
+            raise UserError(f"{path} is of other settings: choose another --out, or remove it")
+        return found
+    weights = trained(model)
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(start.mean[name])
+    model.train()
+    opt = IVON(weights.values(), **SETTINGS, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    steps = size.epochs * math.ceil(len(rows) / BATCH)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda t: min((t + 1) / (0.05 * steps), 1) * (1 - t / steps)
+    )
+    clock = time.perf_counter()
+    for _ in range(size.epochs):
+        for inputs, targets in batches(rows, BATCH, generator):
+            with opt.sampled_params(train=True):
+                opt.zero_grad()
+                cross_entropy(model(**inputs).logits, targets).backward()
+                nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            opt.step()
+            rate.step()
+    opt.zero_grad()
+    posterior = opt.posterior(weights.items())
+    posterior.settings |= {**made, "seconds": time.perf_counter() - clock}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    posterior.save(path)
+    return posterior
+
+
+def squares(path: Path, model: nn.Module, at: Posterior, rows: Rows) -> Posterior:
+    """The mean with the sum of single examples' squared gradients as its Hessian."""
+    if path.exists():
+        return Posterior.load(path)
+    clock = time.perf_counter()
+    weights = trained(model)
+    total = {name: torch.zeros_like(m) for name, m in at.mean.items()}
+    model.eval()
+    with at.at_mean(model):
+        for row in rows:
+            inputs, targets = padded([row])
+            model.zero_grad()
+            cross_entropy(model(**inputs).logits, targets).backward()
+            for name, p in weights.items():
+                if p.grad is not None:
+                    total[name].addcmul_(p.grad, p.grad)
+    model.zero_grad()
+    floor = 1e-6 * max(t.mean().item() for t in total.values())  # where a gradient was always 0
+    precision = {name: t + 2 * floor for name, t in total.items()}
+    taken = {"seconds": time.perf_counter() - clock}
+    posterior = Posterior(at.mean, precision, prior_precision=floor, settings=taken)
+    posterior.save(path)
+    return posterior
+
+
+def evaluated(model: nn.Module, posterior: Posterior | Mixture, data: Mapping[str, Rows]) -> Score:
+    """Accuracy and NLL on each domain, at the mean; of a mixture, its means' predictions."""
+    parts = posterior.components if isinstance(posterior, Mixture) else (posterior,)
+    found: Score = {"accuracy": {}, "nll": {}}
+    for domain, rows in data.items():
+        ordered = sorted(rows, key=lambda row: len(row[0]))
+        groups = [padded(ordered[i : i + 100]) for i in range(0, len(ordered), 100)]
+        targets = torch.cat([y for _, y in groups])
+        probs = torch.zeros(len(targets), 2)
+        for part in parts:
+            with part.at_mean(model):
+                each = [predict(model, None, [x]).probs for x, _ in groups]
+            probs += torch.cat(each) / len(parts)
+        found["accuracy"][domain] = (probs.argmax(1) == targets).double().mean().item()
+        found["nll"][domain] = -probs.gather(1, targets[:, None]).log().double().mean().item()
+    return found
+
+
+def draw(path: Path, found: Sequence[dict[str, Any]]) -> None:
+    """A line of dots for each method, a colour for each domain."""
+    methods = list(found[0]["test"])[::-1]
+    each = {
+        m: [sum(f["test"][m]["accuracy"][d] for f in found) / len(found) for d in DOMAINS]
+        for m in methods
+    }
+    with picture(path, 1, (7.5, 4.6)) as (panel,):
+        for k, domain in enumerate(DOMAINS):
+            panel.plot([100 * each[m][k] for m in methods], methods, "os^Dv"[k], label=domain)
+        averages = [100 * sum(each[m]) / len(DOMAINS) for m in methods]
+        panel.plot(averages, methods, "|", color="black", ms=16, mew=2, label="average")
+        panel.axhline(2.5, color="#8a8a8a", lw=0.8)  # below it: what merging is held against
+        label(panel, "One model out of five", "accuracy on the domain's test sentences, %", "")
+        panel.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.35, -0.14))
