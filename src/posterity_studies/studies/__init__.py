@@ -47,9 +47,11 @@ def study(
         if {key: found.get(key) for key in asked} != asked:
             raise UserError(f"{out} holds another result: choose another --out, or remove it")
         return found
+    code = runs.git_hash()  # of what runs, not of what lies there when it has run
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     found = module.study(out, seeds, scale, progress)
     seed = " ".join(map(str, seeds))
-    result = {**asked, **found, "provenance": runs.provenance(seed, found["data"])}
+    provenance = {**runs.provenance(seed, found["data"]), "git": code}
+    result = {**asked, **found, "provenance": provenance}
     runs.write_json(out / "result.json", result)
     return result
