@@ -33,7 +33,7 @@ DOMAINS = (*packages.DOMAINS, "airline")
 BATCH = 16
 # λ is above the number of sentences: at λ = n the noise is only small enough to learn with h0 ≥ 10,
 # from which h does not move in a hundred steps.
-SETTINGS: dict[str, Any] = {"lr": 0.1, "ess": 1e7, "hess_init": 1e-3, "betas": (0.9, 0.995)}
+SETTINGS: dict[str, Any] = {"lr": 0.03, "ess": 1e7, "hess_init": 1e-3, "betas": (0.9, 0.995)}
 SETTINGS |= {"weight_decay": 1e-6, "clip_radius": 1e-3, "rescale_lr": False}
 PRIOR = SETTINGS["ess"] * SETTINGS["weight_decay"]
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the sum of task vectors

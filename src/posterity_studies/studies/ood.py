@@ -120,9 +120,7 @@ def draw(path: Path, out: Path, seed: int, names: Sequence[str]) -> None:
         for k, (name, entropies) in enumerate(zip(names, stored, strict=True)):
             methods = list(entropies)
             sizes = runs.read_json(out / name / f"judged-seed{seed}.json")["sizes"]
-            for panel, method in zip(
-                panels[2 * k :], (methods[0], list(entropies)[-1]), strict=False
-            ):
+            for panel, method in zip(panels[2 * k :], (methods[0], methods[-1]), strict=False):
                 known, *others = entropies[method].split(sizes)
                 bins = torch.linspace(0, math.log(10), 31).tolist()
                 panel.hist(known.tolist(), bins, density=True, alpha=0.4, label=name)
