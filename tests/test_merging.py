@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posterity import IVON, Mixture, Posterior, merge, predict
-from posterity.merging import METHODS, Gaussian, average, fisher, hessian, merge_files
+from posterity.merging import METHODS, Marginal, average, fisher, hessian, merge_files
 from posterity.merging import product as product_of
 from posterity.merging import task_arithmetic as arithmetic
 from test_posterior import bits, forge, parts
@@ -149,14 +149,14 @@ def gaussians(number=4, seed=0, d=7):
         return torch.randn(d, generator=rng, dtype=torch.float64)
 
     return [
-        Gaussian(draw(), draw().exp() + 0.3, torch.tensor(0.3, dtype=torch.float64))
+        Marginal(draw(), draw().exp() + 0.3, torch.tensor(0.3, dtype=torch.float64))
         for _ in range(number)
     ]
 
 
 def constant(qs, value, prior):
     width = torch.full_like(qs[0].mean, value)
-    return [Gaussian(q.mean, width, torch.tensor(prior, dtype=torch.float64)) for q in qs]
+    return [Marginal(q.mean, width, torch.tensor(prior, dtype=torch.float64)) for q in qs]
 
 
 def test_task_arithmetic_is_zero_hessians_beside_a_constant_one():
@@ -170,7 +170,7 @@ def test_task_arithmetic_is_zero_hessians_beside_a_constant_one():
 
 def test_average_is_equal_constant_hessians_no_base_and_alpha_one_over_t():
     base, *tasks = gaussians()
-    nothing = Gaussian(base.mean, torch.zeros_like(base.mean), torch.tensor(0.0))
+    nothing = Marginal(base.mean, torch.zeros_like(base.mean), torch.tensor(0.0))
     equal = constant(tasks, 2.7, 0.0)
     weights = [1.0] * 3
     mean, _ = hessian(equal, nothing, weights, 1 / 3)
@@ -180,14 +180,14 @@ def test_average_is_equal_constant_hessians_no_base_and_alpha_one_over_t():
 
 def test_fisher_is_no_hessian_of_the_base():
     base, *tasks = gaussians()
-    nothing = Gaussian(base.mean, torch.zeros_like(base.mean), torch.tensor(0.0))
+    nothing = Marginal(base.mean, torch.zeros_like(base.mean), torch.tensor(0.0))
     weights = [1.0, 20.0, 0.5]
     assert_same(hessian(tasks, nothing, weights, 1), fisher(tasks, None, weights, 1))
 
 
 def test_hessian_from_the_shared_prior_is_the_product():
     base, *tasks = gaussians()
-    tasks = [Gaussian(q.mean, q.precision + base.precision, base.precision) for q in tasks]
+    tasks = [Marginal(q.mean, q.precision + base.precision, base.precision) for q in tasks]
     weights = [1.0] * 3
     assert_same(hessian(tasks, base, weights, 1), product_of(tasks, base, weights, 1))
 

@@ -24,7 +24,7 @@ from .storage import loaded, save, stored
 __all__ = ["METHODS", "merge", "merge_files"]
 
 
-class Gaussian(NamedTuple):
+class Marginal(NamedTuple):
     """One tensor of a posterior, in float64."""
 
     mean: Tensor
@@ -37,7 +37,7 @@ class Gaussian(NamedTuple):
         return self.precision - self.prior
 
 
-Models = Sequence[Gaussian]
+Models = Sequence[Marginal]
 Weights = Sequence[float]
 Merged = tuple[Tensor, Tensor]  # mean and precision of one tensor
 
@@ -47,7 +47,7 @@ def _total(weights: Weights, values: Iterable[Tensor]) -> Tensor:
     return reduce(add, (w * v for w, v in zip(weights, values, strict=True)))
 
 
-def hessian(models: Models, base: Gaussian, weights: Weights, alpha: float) -> Merged:
+def hessian(models: Models, base: Marginal, weights: Weights, alpha: float) -> Merged:
     """θ0 + α Σ_t H̄⁻¹(s_tH_t + H_0 + δ0)(θ_t − θ0), precision H̄ = α Σ_r s_rH_r + H_0 + δ0."""
     own = base.precision  # H_0 + δ0
     precision = own + alpha * _total(weights, (q.hessian for q in models))
@@ -57,14 +57,14 @@ def hessian(models: Models, base: Gaussian, weights: Weights, alpha: float) -> M
     return base.mean + alpha * reduce(add, pulls) / precision, precision
 
 
-def product(models: Models, base: Gaussian, weights: Weights, alpha: float) -> Merged:
+def product(models: Models, base: Marginal, weights: Weights, alpha: float) -> Merged:
     """p Π_t (q_t/p)^s_t: precision P = P_0 + Σ_t s_t(P_t − P_0), θ0 + P⁻¹ Σ_t s_tP_t(θ_t − θ0)."""
     precision = base.precision + _total(weights, (q.precision - base.precision for q in models))
     pull = _total(weights, (q.precision * (q.mean - base.mean) for q in models))
     return base.mean + pull / precision, precision
 
 
-def task_arithmetic(models: Models, base: Gaussian, weights: Weights, alpha: float) -> Merged:
+def task_arithmetic(models: Models, base: Marginal, weights: Weights, alpha: float) -> Merged:
     """θ0 + α Σ_t w_t(θ_t − θ0), the base's precision: H_t = 0 beside a constant H_0."""
     return base.mean + alpha * _total(weights, (q.mean - base.mean for q in models)), base.precision
 
@@ -85,7 +85,7 @@ def fisher(models: Models, base: None, weights: Weights, alpha: float) -> Merged
 def sparsified(
     rule: str,
     models: Models,
-    base: Gaussian,
+    base: Marginal,
     weights: Weights,
     alpha: float,
     *,
@@ -242,10 +242,10 @@ class _Source(NamedTuple):
     facts: dict[str, Any]
     read: Callable[[str], Tensor]
 
-    def gaussian(self, name: str, device: torch.device) -> Gaussian:
+    def gaussian(self, name: str, device: torch.device) -> Marginal:
         keys = (f"{part}/{name}" for part in ("mean", "precision", "prior_precision"))
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return Gaussian(
+        return Marginal(
             *(self.read(k).to(device, torch.float64) if k in self.like else zero for k in keys)
         )
 

@@ -30,7 +30,7 @@ def files(tmp_path):
 
 
 def state(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
 
 
 def test_files_and_runs_become_one_file_and_a_card_that_works(call, files):
@@ -142,7 +142,7 @@ def test_an_interruption_writes_nothing(call, files, monkeypatch):
     monkeypatch.chdir(files)
     monkeypatch.setattr(command, "_card", interrupted)  # the merged file is complete by then
     before = state(files)
-    assert call("merge", *AB, *BASE, "--out", "out.safetensors").returncode == 130
+    assert call("merge", *AB, *BASE, "--out", "new/x/out.safetensors").returncode == 130
     assert state(files) == before
 
 
