@@ -370,7 +370,7 @@ def test_the_fashion_mnist_recipe():
             self.net = NETWORKS[chosen.network]()
 
         def configure_optimizers(self):
-            return chosen.settings("ivon").build(self, len(targets), seed=0)
+            return chosen.settings("ivon").build(self, len(targets), steps=0, seed=0)
 
     model = Recipe()
     settings = {"enable_checkpointing": False, "logger": False, "enable_progress_bar": False}

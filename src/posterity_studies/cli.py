@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from posterity_studies import compare, data, ranks, runs, studies, train, tune
+from posterity_studies import compare, data, jobs, ranks, runs, studies, train, tune
 from posterity_studies.merge import Merge
 from posterity_studies.predicting import Predict
 from posterity_studies.progress import bar
@@ -153,6 +153,10 @@ class Study:
     """Folder of the study; default runs/studies/NAME. What is finished there is used again."""
     results: Path | None = None
     """Folder for a copy of the result file and the pictures, to be committed."""
+    jobs: int = 1
+    """Training runs at a time, where a study has several; the cores are divided among them."""
+    slurm: str | None = None
+    """Submit the training runs to this Slurm partition instead (needs submitit)."""
 
     def __call__(self) -> None:
         if not self.name:
@@ -162,7 +166,8 @@ class Study:
             Console().print(drawn)
             return
         out = self.out or Path("runs/studies") / self.name
-        found = studies.study(self.name, out, self.seeds, self.scale, bar)
+        with jobs.on(jobs.Engine(self.jobs, self.slurm)):
+            found = studies.study(self.name, out, self.seeds, self.scale, bar)
         if self.results:
             runs.write_json(self.results / "result.json", found)
             for picture in out.glob("*.png"):

@@ -17,7 +17,10 @@ from posterity_studies.recipes import Recipe, UserError
 from posterity_studies.report import Entry, write_comparison
 from posterity_studies.train import finished, load_task
 
-LABELS = {"adamw": "AdamW", "sgd": "SGD", "ivon": "IVON"}
+LABELS = {
+    "adamw": "AdamW", "sgd": "SGD", "ivon": "IVON", "adahessian": "AdaHessian",
+    "dropout": "MC-dropout", "swag": "SWAG", "bbb": "Bayes by backprop", "vogn": "VOGN",
+}  # fmt: skip
 COLUMNS = {  # metric → heading, format, which end is better
     "accuracy": ("accuracy", "{:.2%}", max),
     "nll": ("NLL", "{:.4f}", min),

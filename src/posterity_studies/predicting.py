@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from posterity import Posterior, predict
+from posterity import predict
+from posterity.binding import Samples
 from posterity.selective import Abstention, abstention
 from posterity_studies import data, runs
 from posterity_studies.recipes import UserError
@@ -71,7 +72,7 @@ class Predict:
             )
 
     def _rule(
-        self, result: dict[str, Any], model: nn.Module, posterior: Posterior | None
+        self, result: dict[str, Any], model: nn.Module, posterior: Samples | None
     ) -> Abstention:
         """From the test set, which took no part in training: the run's predictions, or new ones."""
         inputs, targets = load_task(runs.recipe_of(result)).test

@@ -7,86 +7,27 @@ same number of trials for each; the search is committed beside the results it le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
-import torch
-from torch import nn
-
-from posterity import IVON
+from posterity_studies.settings import (
+    Adahessian,
+    Adamw,
+    Backprop,
+    Dropout,
+    Ivon,
+    Settings,
+    Sgd,
+    Swag,
+    Vogn,
+)  # fmt: skip
 
 
 class UserError(Exception):
     """Wrong input: its message is all that the user needs to see."""
 
 
-@dataclass(frozen=True)
-class Adamw:
-    """AdamW, PyTorch's fused implementation."""
-
-    lr: float
-    weight_decay: float
-    beta2: float = 0.999
-
-    def build(self, model: nn.Module, n_train: int, seed: int) -> torch.optim.Optimizer:
-        """The optimizer for a model."""
-        betas = (0.9, self.beta2)
-        return torch.optim.AdamW(
-            model.parameters(), self.lr, betas=betas, weight_decay=self.weight_decay, fused=True
-        )
-
-
-@dataclass(frozen=True)
-class Sgd:
-    """SGD with momentum, PyTorch's fused implementation."""
-
-    lr: float
-    weight_decay: float
-    momentum: float = 0.9
-
-    def build(self, model: nn.Module, n_train: int, seed: int) -> torch.optim.Optimizer:
-        """The optimizer for a model."""
-        return torch.optim.SGD(
-            model.parameters(),
-            self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            fused=True,
-        )
-
-
-@dataclass(frozen=True)
-class Ivon:
-    """IVON with λ = N/``temperature``, N training examples; ``memory`` is 1/(1−β2), in steps.
-
-    ``clip_radius`` bounds each weight's step to lr·(h0+δ) times itself: without a bound one batch
-    at an unlucky sample can throw the network far off.
-    """
-
-    lr: float
-    hess_init: float
-    weight_decay: float
-    temperature: float = 1.0
-    memory: float = 1e4
-    clip_radius: float = math.inf
-
-    def build(self, model: nn.Module, n_train: int, seed: int) -> torch.optim.Optimizer:
-        """The optimizer for a model."""
-        return IVON(
-            model.parameters(),
-            self.lr,
-            ess=n_train / self.temperature,
-            hess_init=self.hess_init,
-            betas=(0.9, 1 - 1 / self.memory),
-            weight_decay=self.weight_decay,
-            clip_radius=self.clip_radius,
-            seed=seed,
-        )
-
-
-Settings = Adamw | Sgd | Ivon
 Range = tuple[float, float]  # of a logarithmic search
 
 
@@ -173,6 +114,27 @@ def fashion_mnist() -> Recipe:
     )
 
 
+def baselines() -> Recipe:
+    """`fashion-mnist` with more methods; what SGD or IVON share with one is theirs."""
+    base = fashion_mnist()
+    sgd, ivon = base.optimizers["sgd"], base.optimizers["ivon"]
+    assert isinstance(sgd, Sgd)
+    assert isinstance(ivon, Ivon)
+    more: dict[str, Settings] = {
+        "adahessian": Adahessian(lr=0.01, weight_decay=0.344),
+        "dropout": Dropout(lr=sgd.lr, weight_decay=sgd.weight_decay),
+        "swag": Swag(lr=sgd.lr, weight_decay=sgd.weight_decay),
+        "bbb": Backprop(lr=2e-3, weight_decay=1e-3, temperature=ivon.temperature),
+        "vogn": Vogn(
+            lr=ivon.lr,
+            hess_init=ivon.hess_init,
+            weight_decay=ivon.weight_decay,
+            temperature=ivon.temperature,
+        ),
+    }
+    return replace(base, name="baselines", optimizers=base.optimizers | more)
+
+
 def lenet5() -> Recipe:
     """LeNet-5 on Fashion-MNIST with the settings of the paper's sensitivity experiments."""
     return replace(
@@ -223,7 +185,13 @@ def smoke() -> Recipe:
     )
 
 
-RECIPES = {"fashion-mnist": fashion_mnist, "lenet5": lenet5, "cifar10": cifar10, "smoke": smoke}
+RECIPES = {
+    "fashion-mnist": fashion_mnist,
+    "baselines": baselines,
+    "lenet5": lenet5,
+    "cifar10": cifar10,
+    "smoke": smoke,
+}
 
 
 def recipe(name: str) -> Recipe:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import posterity
-from posterity import Posterior
-from posterity_studies import data
+from posterity.binding import Samples
+from posterity_studies import baselines, data
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError, recipe
 
@@ -92,7 +92,7 @@ def recipe_of(result: dict[str, Any]) -> Recipe:
     return replace(recipe(result["name"]), **{k: result[k] for k in given if k in result})
 
 
-def load(run: Path) -> tuple[dict[str, Any], nn.Module, Posterior | None]:
+def load(run: Path) -> tuple[dict[str, Any], nn.Module, Samples | None]:
     """A finished run's result, its model at the mean, and its posterior if there is one.
 
     Raises:
@@ -110,10 +110,10 @@ def load(run: Path) -> tuple[dict[str, Any], nn.Module, Posterior | None]:
             f"{run / 'model.safetensors'} fits no {result['network']}: {reason}"
         ) from None
     path = run / "posterior.safetensors"
-    return result, model, Posterior.load(path) if path.exists() else None
+    return result, model, baselines.load(path) if path.exists() else None
 
 
-def load_sampled(run: Path, samples: int) -> tuple[dict[str, Any], nn.Module, Posterior | None]:
+def load_sampled(run: Path, samples: int) -> tuple[dict[str, Any], nn.Module, Samples | None]:
     """As :func:`load`; no posterior for no samples.
 
     Raises:

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from posterity import predict
+from posterity import Posterior, predict
 from posterity.perturbation import Perturbation, grouped, perturb
 from posterity_studies import data, runs
 from posterity_studies.progress import bar
@@ -49,8 +49,10 @@ class Sensitivity:
         path = self.table or self.run / "sensitivity.csv"
         write = _writer(path)
         result, model, posterior = runs.load(self.run)
-        if posterior is None:
-            raise UserError(f"{self.run} has no posterior: sensitivity needs a run of IVON")
+        if not isinstance(posterior, Posterior):
+            raise UserError(
+                f"{self.run} has no Gaussian posterior: sensitivity needs a run of IVON"
+            )
         task = load_task(runs.recipe_of(result))
         n, known = len(task.train[1]), data.LISTINGS[result["data"]]
         if self.first is not None and not 0 < self.first <= n:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posterity import IVON, Posterior, metrics, predict
+from posterity import metrics, predict
+from posterity.binding import Samples
 from posterity_studies import data, ranks, runs
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError
@@ -130,7 +131,7 @@ def train(
     """Train one optimizer with one seed; a finished run is returned, a killed one goes on.
 
     Writes ``config.json``, ``metrics.jsonl`` (a line a step, and one an epoch), ``checkpoint.pt``
-    while it runs, then ``model.safetensors``, ``posterior.safetensors`` (IVON),
+    while it runs, then ``model.safetensors``, ``posterior.safetensors`` (of a method that has one),
     ``predictions.safetensors`` and, last, ``result.json``. Under torchrun every rank calls this,
     takes its part of each batch and of the posterior samples, and gets the result; the first one
     writes. All must see the same folder. ``watch`` is called after each step.
@@ -147,10 +148,10 @@ def train(
     torch.manual_seed(seed)
     model = NETWORKS[recipe.network](len(task.class_names))
     n = len(task.train[1])
-    opt = recipe.settings(optimizer).build(model, n, seed)
+    steps = recipe.epochs * math.ceil(n / recipe.batch_size)
+    opt = recipe.settings(optimizer).build(model, n, steps, seed)
     if ranks.first():
         runs.write_json(folder / "config.json", config)  # nothing is written for wrong settings
-    steps = recipe.epochs * math.ceil(n / recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, warmup_cosine(recipe.warmup * steps, steps))
     log = _Log(folder / "metrics.jsonl")
     forget_peak_memory()
@@ -159,7 +160,9 @@ def train(
     for epoch in range(done, recipe.epochs):
         order = batches(n, recipe.batch_size, seed, epoch)
         bar = progress(range(len(order)), len(order), f"{optimizer} epoch {epoch + 1}")
-        seconds.append(_epoch(replica, opt, schedule, task.train, order, epoch, bar, log, watch))
+        seconds.append(
+            _epoch(replica, opt, schedule, task.train, order, seed, epoch, bar, log, watch)
+        )
         if not ranks.first():
             continue
         at_mean = evaluate(model, None, task.test)
@@ -199,6 +202,7 @@ def _epoch(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     train: tuple[Tensor, Tensor],
     order: tuple[Tensor, ...],
+    seed: int,
     epoch: int,
     bar: Iterable[int],
     log: _Log,
@@ -207,19 +211,19 @@ def _epoch(
     """One pass over the data; how long it took, in seconds."""
     inputs, targets = train
     model.train()
+    sampled_params = getattr(opt, "sampled_params", lambda train: nullcontext())
+    backward = getattr(opt, "backward", _backward)
+    torch.manual_seed(1_000_003 * seed + epoch)  # so that a resumed run repeats its dropout, too
     losses, rates = [], []
     start = time.perf_counter()
     for i in bar:
         mine = ranks.part(order[i])
         share = ranks.world() / len(order[i])  # ranks are averaged: this makes it the batch's mean
-        with opt.sampled_params(train=True) if isinstance(opt, IVON) else nullcontext():
+        with sampled_params(train=True):
             opt.zero_grad()
-            logits = model(inputs[mine])
-            loss = nn.functional.cross_entropy(logits, targets[mine], reduction="sum") * share
-            loss.backward()
+            losses.append(backward(model, inputs[mine], targets[mine], share))
         opt.step()
-        losses.append(loss.detach())
-        rates.append(schedule.get_last_lr()[0])
+        rates.append(opt.param_groups[0]["lr"])
         schedule.step()
         if watch:
             watch(epoch * len(order) + i + 1, model, opt)
@@ -228,6 +232,13 @@ def _epoch(
     numbered = enumerate(zip(whole, rates, strict=True), epoch * len(order) + 1)
     log.write(*({"step": step, "loss": loss, "lr": lr} for step, (loss, lr) in numbered))
     return seconds
+
+
+def _backward(model: nn.Module, inputs: Tensor, targets: Tensor, share: float) -> Tensor:
+    """Gradients of ``share`` times the summed loss, and that loss."""
+    loss = nn.functional.cross_entropy(model(inputs), targets, reduction="sum") * share
+    loss.backward()
+    return loss.detach()
 
 
 def forget_peak_memory() -> None:
@@ -283,11 +294,11 @@ def _finish(
     progress: Progress,
 ) -> dict[str, Any]:
     """Save the model and its posterior; the evaluations, by name."""
-    rows: dict[str, Posterior | None] = {"mean": None}
+    rows: dict[str, Samples | None] = {"mean": None}
     if ranks.first():
         runs.write_tensors(folder / "model.safetensors", model.state_dict())
-    if isinstance(opt, IVON):
-        posterior = opt.posterior(model)
+    if (found := getattr(opt, "posterior", None)) is not None:
+        posterior = found(model)
         if ranks.first():
             posterior.save(folder / "posterior.safetensors")
         if recipe.samples:
@@ -307,7 +318,7 @@ def _finish(
 
 def evaluate(
     model: nn.Module,
-    posterior: Posterior | None,
+    posterior: Samples | None,
     test: tuple[Tensor, Tensor],
     ood: Tensor | None = None,
     samples: int = 64,

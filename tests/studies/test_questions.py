@@ -10,7 +10,7 @@ from posterity_studies import recipes, train
 from posterity_studies.studies import STUDIES, leave_one_out
 from posterity_studies.studies.label_noise import quality
 
-QUICK = ("leave-one-out", "label-noise", "ood", "selective", "cost", "gap")
+QUICK = ("leave-one-out", "label-noise", "ood", "selective", "cost", "gap", "in-domain")
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -28,7 +28,8 @@ from posterity.perturbation import perturb
 from posterity_studies import runs
 from posterity_studies.compare import LABELS
 from posterity_studies.models import NETWORKS
-from posterity_studies.recipes import Ivon, Recipe, recipe
+from posterity_studies.recipes import Recipe, recipe
+from posterity_studies.settings import Ivon
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.train import Progress, Task, batches, load_task, train
 
@@ -204,7 +205,7 @@ def restored(saved: dict[str, Any], settings: Ivon, n: int) -> tuple[nn.Module, 
     """A network and its optimizer as they were when they were saved."""
     model = NETWORKS["lenet5"](10)
     model.load_state_dict(saved["model"])
-    opt = settings.build(model, n, 0)
+    opt = settings.build(model, n, steps=0, seed=0)
     assert isinstance(opt, IVON)
     opt.load_state_dict(copy.deepcopy(saved["opt"]))
     return model, opt

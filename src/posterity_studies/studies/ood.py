@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posterity import Posterior, Prediction, metrics, predict
+from posterity import Prediction, metrics, predict
+from posterity.binding import Samples
 from posterity_studies import compare, data, runs
 from posterity_studies.recipes import Recipe, recipe
 from posterity_studies.studies.pictures import label, picture
@@ -83,7 +84,7 @@ def judged(base: Recipe, seed: int, out: Path, progress: Progress) -> dict[str, 
         train(base, optimizer, seed, folder, progress)
         _, model, posterior = runs.load(folder)
         title = compare.LABELS[optimizer]
-        methods: dict[str, Posterior | None] = {title: None}
+        methods: dict[str, Samples | None] = {title: None}
         if posterior is not None:
             methods = {f"{title} at the mean": None}
             methods[f"{title}, {base.samples} samples"] = posterior

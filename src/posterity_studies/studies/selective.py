@@ -42,7 +42,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         key = "samples.probs" if "samples.probs" in saved else "mean.probs"
         probs[compare.LABELS[optimizer]] = saved[key]
     _, model, posterior = runs.load(folder)
-    assert posterior is not None
+    assert isinstance(posterior, Posterior)
     rows = promises(probs, task.test[1], first, second)
     curves = pruned(model, posterior, (task.test[0][second], task.test[1][second]), chosen.samples)
     rows += [

@@ -1,0 +1,180 @@
+"""Settings of each optimizer, and how they build it: a recipe holds one for each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from posterity import IVON
+from posterity_studies import baselines
+
+BETA1 = 0.9  # and SGD's momentum, throughout
+
+
+class Settings(Protocol):
+    """Numbers that ``posterity tune`` may search; a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model, ``n_train`` examples and so many steps in all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Adamw:
+    """AdamW, PyTorch's fused implementation."""
+
+    lr: float
+    weight_decay: float
+    beta2: float = 0.999
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        betas = (0.9, self.beta2)
+        return torch.optim.AdamW(
+            model.parameters(), self.lr, betas=betas, weight_decay=self.weight_decay, fused=True
+        )
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """SGD with momentum, PyTorch's fused implementation."""
+
+    lr: float
+    weight_decay: float
+    momentum: float = 0.9
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return torch.optim.SGD(
+            model.parameters(),
+            self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
+
+@dataclass(frozen=True)
+class Ivon:
+    """IVON with λ = N/``temperature``, N training examples; ``memory`` is 1/(1−β2), in steps.
+
+    ``clip_radius`` bounds each weight's step to lr·(h0+δ) times itself: without a bound one batch
+    at an unlucky sample can throw the network far off.
+    """
+
+    lr: float
+    hess_init: float
+    weight_decay: float
+    temperature: float = 1.0
+    memory: float = 1e4
+    clip_radius: float = math.inf
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return IVON(
+            model.parameters(),
+            self.lr,
+            ess=n_train / self.temperature,
+            hess_init=self.hess_init,
+            betas=(0.9, 1 - 1 / self.memory),
+            weight_decay=self.weight_decay,
+            clip_radius=self.clip_radius,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Adahessian:
+    """AdaHessian with decoupled weight decay, pytorch-optimizer's."""
+
+    lr: float
+    weight_decay: float
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        from posterity_studies.baselines.adahessian import AdaHessian  # three seconds
+
+        return AdaHessian(model.parameters(), self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Dropout(Sgd):
+    """SGD on a network with dropout of ``rate``, which stays on to predict."""
+
+    rate: float = 0.05
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        rest = {"momentum": self.momentum, "weight_decay": self.weight_decay, "fused": True}
+        return baselines.McDropout(model, self.lr, self.rate, **rest)
+
+
+@dataclass(frozen=True)
+class Swag(Sgd):
+    """SGD, and from the share ``start`` of all steps on, at ``swag_lr``, a Gaussian through it."""
+
+    swag_lr: float = 0.01
+    start: float = 0.75
+    rank: int = 20
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        start = round(self.start * steps)
+        return baselines.Swag(
+            model.parameters(),
+            self.lr,
+            swag_lr=self.swag_lr,
+            start=start,
+            every=max((steps - start) // self.rank, 1),
+            rank=self.rank,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """Bayes by backprop with λ = N/``temperature``."""
+
+    lr: float
+    weight_decay: float
+    std_init: float = 0.02
+    temperature: float = 1.0
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return baselines.BayesByBackprop(
+            model.parameters(),
+            self.lr,
+            ess=n_train / self.temperature,
+            weight_decay=self.weight_decay,
+            std_init=self.std_init,
+        )
+
+
+@dataclass(frozen=True)
+class Vogn:
+    """VOGN with λ = N/``temperature``; ``memory`` is 1/(1−β2), in steps."""
+
+    lr: float
+    hess_init: float
+    weight_decay: float
+    temperature: float = 1.0
+    memory: float = 1e3
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return baselines.Vogn(
+            model.parameters(),
+            self.lr,
+            ess=n_train / self.temperature,
+            hess_init=self.hess_init,
+            weight_decay=self.weight_decay,
+            betas=(BETA1, 1 - 1 / self.memory),
+        )

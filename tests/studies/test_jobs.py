@@ -1,0 +1,69 @@
+"""Runs as jobs: the same bits wherever they run, and failures that cost the others nothing."""
+
+import pytest
+import torch
+
+from posterity_studies import jobs, recipes, runs
+from posterity_studies.recipes import UserError
+from posterity_studies.train import silent, train
+
+
+@pytest.fixture
+def work(folder, environment, monkeypatch, tmp_path):
+    """Two runs, for processes that see the small data too."""
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    chosen = recipes.replace(recipes.recipe("smoke"), epochs=1, samples=2)
+    return [(chosen, o, 0, tmp_path / "runs" / o) for o in ("sgd", "ivon")]
+
+
+def weights(job):
+    return runs.read_tensors(job[3] / "model.safetensors")
+
+
+def test_processes_train_as_this_one_does(work, tmp_path):
+    bars = []
+
+    def progress(items, total, label):
+        bars.append((total, label))
+        return items
+
+    with jobs.on(jobs.Engine(2)):
+        found = jobs.train_all(work, progress)
+    assert bars == [(2, "runs")]
+    assert [r["settings"]["optimizer"] for r in found] == ["sgd", "ivon"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as each of two processes has
+    for job, result in zip(work, found, strict=True):
+        alone = train(*job[:3], tmp_path / "alone" / job[1])
+        assert alone["evaluations"] == result["evaluations"]
+        mine = weights((*job[:3], tmp_path / "alone" / job[1]))
+        assert all(torch.equal(mine[n], w) for n, w in weights(job).items())
+    torch.set_num_threads(before)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/*")}
+    assert jobs.train_all(work, silent) == found  # and is not done again
+    assert files == {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/*")}
+
+
+def test_a_failure_names_its_run_and_costs_the_others_nothing(work):
+    chosen = work[0][0].with_settings("adamw", ["lr=1e30"])
+    work = [work[0], (chosen, "adamw", 0, work[0][3].parent / "bad"), work[1]]
+    with jobs.on(jobs.Engine(2)), pytest.raises(UserError, match=r"1 of 3 runs failed\. .*bad"):
+        jobs.train_all(work, silent)
+    assert all((job[3] / "result.json").exists() for job in (work[0], work[2]))
+    assert jobs.ENGINE.get() == jobs.Engine()
+
+
+@pytest.mark.slow
+def test_jobs_are_submitted(work):
+    futures = jobs._submitted(work, jobs.Engine(slurm="any"), cluster="local")
+    jobs._collect(futures, silent)
+    assert [r["settings"]["optimizer"] for r in jobs.train_all(work, silent)] == ["sgd", "ivon"]
+
+
+def test_wrong_engines_say_so(call, tmp_path, monkeypatch):
+    done = call("study", "in-domain", "--scale", "smoke", "--jobs", "0", "--out", tmp_path / "x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "at least one job" in done.stderr
+    monkeypatch.setitem(__import__("sys").modules, "submitit", None)
+    done = call("study", "in-domain", "--scale", "smoke", "--slurm", "gpu", "--out", tmp_path / "x")
+    assert done.stderr == "posterity: error: Slurm needs submitit: pip install submitit\n"
