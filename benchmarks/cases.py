@@ -18,20 +18,20 @@ from benchmarks.peers import BASE, PEERS, nothing, parameters
 from benchmarks.timing import ratio
 from posterity import Posterior
 from posterity_studies.models.gpt import GPT, GPTConfig
-from posterity_studies.models.resnet import resnet20, resnet50_shapes
+from posterity_studies.models.resnet import resnet20, resnet50
 
 Rows = Iterator[tuple[str, str, dict[str, float] | None]]  # case, peer, what was found
 
 
-def gpt2_shapes() -> list[tuple[int, ...]]:
+def shapes_of(make: Callable[[], nn.Module]) -> list[tuple[int, ...]]:
     with torch.device("meta"):
-        return [tuple(p.shape) for p in GPT(GPTConfig()).parameters()]
+        return [tuple(p.shape) for p in make().parameters()]
 
 
 SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
     "50 x 500k": lambda: [(500_000,)] * 50,
-    "ResNet-50": resnet50_shapes,
-    "GPT-2 124M": gpt2_shapes,
+    "ResNet-50": lambda: shapes_of(resnet50),
+    "GPT-2 124M": lambda: shapes_of(lambda: GPT(GPTConfig())),
     "10k MLP": lambda: [(64, 100), (100,), (100, 30), (30,)],
 }
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from posterity_studies.models.resnet import resnet20
+from posterity_studies.models.resnet import (
+    densenet121,
+    preresnet110,
+    resnet18,
+    resnet20,
+    resnet50,
+)
 
 
 def conv_small(classes: int = 10) -> nn.Module:
@@ -45,9 +52,42 @@ def conv_colour(classes: int = 10) -> nn.Module:
     )
 
 
+def alexnet(classes: int = 10) -> nn.Module:
+    """The AlexNet of the NeurIPS 2021 competition on approximate inference: 32×32 images, swish."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 128, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(128, 256, 3, padding=1), nn.SiLU()),
+        *(nn.Conv2d(256, 128, 3, padding=1), nn.SiLU()),
+        *(nn.Conv2d(128, 64, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(64 * 4 * 4, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()),
+        nn.Linear(256, classes),
+    )
+
+
+class Regression(nn.Module):
+    """The competition's MLP: features → (mean, log noise variance), one hidden layer of 50."""
+
+    def __init__(self, features: int, hidden: int = 50):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, features) → two of (batch,)."""
+        mean, noise = self.layers(x).unbind(-1)
+        return mean, noise
+
+
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "conv_small": conv_small,
     "lenet5": lenet5,
     "conv_colour": conv_colour,
+    "alexnet": alexnet,
     "resnet20": resnet20,
+    "resnet20-frn": partial(resnet20, norm="filter_response"),
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "resnet50-frn": partial(resnet50, norm="filter_response"),
+    "preresnet110": preresnet110,
+    "densenet121": densenet121,
 }

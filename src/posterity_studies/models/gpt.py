@@ -21,6 +21,13 @@ class GPTConfig:
     vocabulary: int = 50257
 
 
+GPT2 = {  # the published sizes
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(layers=24, heads=16, width=1024),
+    "gpt2-large": GPTConfig(layers=36, heads=20, width=1280),
+}
+
+
 class Block(nn.Module):
     """Causal self-attention and a feed-forward network, each normalised first and added."""
 
