@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from posterity_studies import compare, data, jobs, ranks, runs, studies, train, tune
+from posterity_studies import claims, compare, data, jobs, ranks, report, runs, studies, train, tune
 from posterity_studies.merge import Merge
 from posterity_studies.predicting import Predict
 from posterity_studies.progress import bar
@@ -157,9 +157,16 @@ class Study:
     """Training runs at a time, where a study has several; the cores are divided among them."""
     slurm: str | None = None
     """Submit the training runs to this Slurm partition instead (needs submitit)."""
+    list: bool = False
+    """List the questions, as without a name."""
+    report: bool = False
+    """Set the paper's claims beside the results under --results (default results), as a page."""
 
     def __call__(self) -> None:
-        if not self.name:
+        if self.report:
+            self._report(self.results or Path("results"))
+            return
+        if self.list or not self.name:
             drawn = Table("study", "question", title_justify="left")
             for name, question in studies.STUDIES.items():
                 drawn.add_row(name, question)
@@ -180,6 +187,19 @@ class Study:
             drawn.add_row(*(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
         console = Console()
         Console(width=None if console.is_terminal else 160).print(drawn)
+
+    def _report(self, results: Path) -> None:
+        if not results.is_dir():
+            raise UserError(f"{results} is no folder: pass --results, where the results are")
+        found = claims.judged(results)
+        drawn = Table("claim", "at desk scale", "ours", title_justify="left")
+        for judged in found:
+            if judged.scale == "desk":
+                drawn.add_row(judged.claim.text, judged.status, judged.ours)
+        Console().print(drawn)
+        out = self.out or Path("runs/studies/report.html")
+        report.write_claims(out, found, runs.provenance("the result files' own", "theirs"))
+        print(f"report: {out.resolve()}")
 
 
 def _changed(chosen: Recipe, epochs: int | None, samples: int | None) -> Recipe:
