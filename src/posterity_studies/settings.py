@@ -90,6 +90,19 @@ class Ivon:
 
 
 @dataclass(frozen=True)
+class IvonSamples(Ivon):
+    """IVON with ``mc_samples`` samples a step: as many forward and backward passes."""
+
+    mc_samples: int = 2
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        opt = super().build(model, n_train, steps, seed)
+        opt.param_groups[0]["mc_samples"] = self.mc_samples
+        return opt
+
+
+@dataclass(frozen=True)
 class Adahessian:
     """AdaHessian with decoupled weight decay, pytorch-optimizer's."""
 

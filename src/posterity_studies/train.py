@@ -219,10 +219,13 @@ def _epoch(
     for i in bar:
         mine = ranks.part(order[i])
         share = ranks.world() / len(order[i])  # ranks are averaged: this makes it the batch's mean
-        with sampled_params(train=True):
-            opt.zero_grad()
-            losses.append(backward(model, inputs[mine], targets[mine], share))
+        found = []
+        for _ in range(opt.param_groups[0].get("mc_samples", 1)):
+            with sampled_params(train=True):
+                opt.zero_grad()
+                found.append(backward(model, inputs[mine], targets[mine], share))
         opt.step()
+        losses.append(torch.stack(found).mean())
         rates.append(opt.param_groups[0]["lr"])
         schedule.step()
         if watch:

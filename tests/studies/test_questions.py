@@ -2,15 +2,28 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from posterity_studies import recipes, train
-from posterity_studies.studies import STUDIES, leave_one_out
+from posterity_studies import recipes, runs, train
+from posterity_studies.models import NETWORKS
+from posterity_studies.settings import IvonSamples
+from posterity_studies.studies import STUDIES, leave_one_out, mc_samples
 from posterity_studies.studies.label_noise import quality
 
-QUICK = ("leave-one-out", "label-noise", "ood", "selective", "cost", "gap", "in-domain")
+QUICK = (
+    "leave-one-out",
+    "label-noise",
+    "ood",
+    "selective",
+    "cost",
+    "gap",
+    "in-domain",
+    "mc-samples",
+)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -79,3 +92,43 @@ def test_a_perfect_ranking_has_all_wrong_labels_on_top():
     worst = quality(-wrong.float(), wrong)
     assert worst["AUROC"] == 0
     assert math.isclose(worst["precision at 5 %"], 0)
+
+
+def test_several_samples_a_step_are_averaged(folder, tmp_path):
+    """The run is that of ``step(closure)`` with as many samples."""
+    base = recipes.recipe("smoke")
+    ivon = base.settings("ivon")
+    two = IvonSamples(**asdict(ivon), mc_samples=2)
+    chosen = recipes.replace(base, optimizers={"ivon": two}, samples=0)
+    train.train(chosen, "ivon", 0, tmp_path / "two")
+    task = train.load_task(base)
+    torch.manual_seed(0)
+    model = NETWORKS[base.network](10)
+    n = len(task.train[1])
+    opt = two.build(model, n, 0, 0)
+    steps = base.epochs * math.ceil(n / base.batch_size)
+    rate = torch.optim.lr_scheduler.LambdaLR(opt, train.warmup_cosine(base.warmup * steps, steps))
+    for epoch in range(base.epochs):
+        for batch in train.batches(n, base.batch_size, 0, epoch):
+
+            def closure(batch=batch):
+                opt.zero_grad()
+                loss = cross_entropy(model(task.train[0][batch]), task.train[1][batch])
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+            rate.step()
+    found = runs.read_tensors(tmp_path / "two/model.safetensors")
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, found[name], atol=1e-6, rtol=1e-4)
+
+
+def test_groups_of_samples_have_their_spread(folder):
+    targets = torch.tensor([0, 1])
+    groups = [torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([[0.8, 0.2], [0.3, 0.7]])]
+    found = mc_samples.spread(groups, targets)
+    assert found["accuracy"] == pytest.approx((0.75, 0.5 / 2**0.5))
+    nll = [-(math.log(0.9) + math.log(0.4)) / 2, -(math.log(0.8) + math.log(0.7)) / 2]
+    assert found["NLL"] == pytest.approx((sum(nll) / 2, abs(nll[0] - nll[1]) / 2**0.5))
+    assert mc_samples.spread(groups[:1], targets)["NLL"][1] == 0
