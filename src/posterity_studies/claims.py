@@ -210,6 +210,16 @@ def more_samples(result: Any) -> Verdict:
     return plateau < one and plateau - most <= 0.05 * (one - most), f"NLL: {_told(told)}"
 
 
+def exact(result: Any) -> Verdict:
+    """Agreement with the reference and total variation to it, beside the other methods."""
+    rows = _rows(result)
+    names = ("Multi-IVON", "IVON", "deep ensemble", "SWAG", "MC-dropout")
+    far = {name: rows[name]["total variation"] for name in names}
+    agree = {name: rows[name]["agreement"] for name in names}
+    holds = min(far, key=far.__getitem__) == "Multi-IVON" == max(agree, key=agree.__getitem__)
+    return holds, f"agreement {_told(agree, '{:.3f}')}; total variation {_told(far, '{:.3f}')}"
+
+
 FASHION = "Fashion-MNIST, 207k weights, 18 epochs"
 CLAIMS: tuple[Claim, ...] = (
     Claim(
@@ -306,9 +316,10 @@ CLAIMS: tuple[Claim, ...] = (
         "Section 4.2.4",
         "Near the exact posterior: agreement with HMC.",
         "an earlier version won the NeurIPS 2021 competition",
-        "none yet",
-        "",
+        "610 weights, 1,000 images of Fashion-MNIST, three chains of the No-U-Turn Sampler",
+        "posterity study agreement --seeds 0 1 2 3 4",
         "agreement/result.json",
+        exact,
     ),
     Claim(
         "Section 4.3",

@@ -11,18 +11,12 @@ from torch.nn.functional import cross_entropy
 from posterity_studies import recipes, runs, train
 from posterity_studies.models import NETWORKS
 from posterity_studies.settings import IvonSamples
-from posterity_studies.studies import STUDIES, leave_one_out, mc_samples
+from posterity_studies.studies import STUDIES, agreement, leave_one_out, mc_samples
 from posterity_studies.studies.label_noise import quality
 
 QUICK = (
-    "leave-one-out",
-    "label-noise",
-    "ood",
-    "selective",
-    "cost",
-    "gap",
-    "in-domain",
-    "mc-samples",
+    *("leave-one-out", "label-noise", "ood", "selective", "cost", "gap"),
+    *("in-domain", "mc-samples", "agreement"),
 )
 
 
@@ -132,3 +126,32 @@ def test_groups_of_samples_have_their_spread(folder):
     nll = [-(math.log(0.9) + math.log(0.4)) / 2, -(math.log(0.8) + math.log(0.7)) / 2]
     assert found["NLL"] == pytest.approx((sum(nll) / 2, abs(nll[0] - nll[1]) / 2**0.5))
     assert mc_samples.spread(groups[:1], targets)["NLL"][1] == 0
+
+
+def test_the_reference_samples_a_known_gaussian():
+    """Moments of N(c, C) within standard errors of the draws that are worth so many."""
+    from pyro.ops.stats import effective_sample_size
+
+    precision = torch.tensor([[4.0, 1.0], [1.0, 1.0]])
+    centre = torch.tensor([1.0, -2.0])
+
+    def energy(weights):
+        off = weights["w"] - centre
+        return off @ precision @ off / 2
+
+    found = agreement.sampled(energy, {"w": torch.zeros(2)}, 0, 100, 600, train.silent)["w"]
+    assert found.shape == (600, 2)
+    covariance = torch.linalg.inv(precision)
+    worth = effective_sample_size(found[None])
+    error = (covariance.diag() / worth).sqrt()
+    assert ((found.mean(0) - centre).abs() < 4 * error).all()
+    spread = found.var(0) / covariance.diag()
+    assert ((spread - 1).abs() < 4 * (2 / worth.clamp(max=600)).sqrt()).all()
+
+
+def test_agreement_and_total_variation_by_hand():
+    exact = torch.tensor([[0.6, 0.4], [0.2, 0.8]])
+    probs = torch.tensor([[0.4, 0.6], [0.1, 0.9]])
+    found = agreement.measures(probs, exact, torch.tensor([0, 1]))
+    assert found["agreement"] == 0.5
+    assert found["total variation"] == pytest.approx((0.2 + 0.1) / 2)

@@ -42,6 +42,12 @@ def lenet5(classes: int = 10) -> nn.Module:
     return nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
 
 
+def tiny(classes: int = 10) -> nn.Module:
+    """Two dense layers on 28×28 images pooled to 7×7: 610 weights, few enough to sample exactly."""
+    pooled = nn.AvgPool2d(4), nn.Flatten()
+    return nn.Sequential(*pooled, nn.Linear(49, 10), nn.ReLU(), nn.Linear(10, classes))
+
+
 def conv_colour(classes: int = 10) -> nn.Module:
     """Three convolutions (24, 48 and 64 channels) and two dense layers for 32×32 colour images."""
     return nn.Sequential(
@@ -82,6 +88,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "conv_small": conv_small,
     "lenet5": lenet5,
     "conv_colour": conv_colour,
+    "tiny": tiny,
     "alexnet": alexnet,
     "resnet20": resnet20,
     "resnet20-frn": partial(resnet20, norm="filter_response"),

@@ -23,6 +23,7 @@ STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "leave-one-out": "Does the estimate from training data alone follow the test loss?",
     "in-domain": "How sure should one run be, beside eleven other ways and ensembles?",
     "mc-samples": "How many samples does it take, in training and at test time?",
+    "agreement": "How near is each method to the exact posterior of a small network?",
     "ood": "Does the network notice what it was not trained on?",
     "selective": "Does abstention keep its promise, what can be pruned, and how warm should it be?",
     "merging": "Is IVON's Hessian good for merging finetuned models?",
