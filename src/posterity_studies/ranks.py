@@ -6,12 +6,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from posterity.distributed import alone, rank, total, world
 
-__all__ = ["alone", "average", "first", "joined", "part", "replica", "several", "together", "world"]
+__all__ = [
+    "alone",
+    "average",
+    "device",
+    "first",
+    "joined",
+    "part",
+    "replica",
+    "several",
+    "together",
+    "world",
+]
 
 
 def several() -> bool:
@@ -25,11 +37,18 @@ def joined() -> Iterator[None]:
     if not several():
         yield
         return
-    dist.init_process_group("gloo")  # the recipes train on CPUs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Where this rank computes: its own GPU, where there are any."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def first() -> bool:

@@ -191,3 +191,52 @@ class Vogn:
             weight_decay=self.weight_decay,
             betas=(BETA1, 1 - 1 / self.memory),
         )
+
+
+def matrices_apart(model: nn.Module) -> list[dict[str, Any]]:
+    """Groups for language models: vectors and scalars have no weight decay."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+
+
+@dataclass(frozen=True)
+class LanguageAdamw(Adamw):
+    """AdamW for language models: no decay of vectors, β2 = .95."""
+
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        betas, decay = (BETA1, self.beta2), self.weight_decay
+        groups = matrices_apart(model)
+        return torch.optim.AdamW(groups, self.lr, betas=betas, weight_decay=decay, fused=True)
+
+
+@dataclass(frozen=True)
+class LanguageIvon:
+    """IVON for language models: λ itself, for a corpus has more tokens than are seen.
+
+    The defaults are the paper's for GPT-2 (124M).
+    """
+
+    lr: float = 300.0
+    ess: float = 1e10
+    hess_init: float = 1e-3
+    memory: float = 1e5
+    weight_decay: float = 1e-6
+    clip_radius: float = 1e-3
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return IVON(
+            matrices_apart(model),
+            self.lr,
+            ess=self.ess,
+            hess_init=self.hess_init,
+            betas=(BETA1, 1 - 1 / self.memory),
+            weight_decay=self.weight_decay,
+            clip_radius=self.clip_radius,
+            seed=seed,
+        )

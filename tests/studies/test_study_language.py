@@ -6,9 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
-from posterity.language import perplexity
 from posterity_studies import data
 from posterity_studies.data import cache, text
 from posterity_studies.studies import language
@@ -50,19 +48,3 @@ def test_the_study_leaves_a_table_pictures_and_what_it_trained(prose, tmp_path):
     assert len(sentence["entropy"]) == len(sentence["mutual information"]) == length
     again = language.study(tmp_path, [0, 1], "smoke", silent)  # from the saved posteriors
     assert again == found
-
-
-def test_averages_are_those_of_perplexity(prose, tmp_path):
-    size = language.SIZES["smoke"]
-    q = language.trained(tmp_path / "q.safetensors", size, prose.train, 0, silent).temper(30.0)
-    found = language.averaged(q, size, prose.test)
-    rows = prose.test[: len(prose.test) // 32 * 32].view(-1, 32)
-    rows = rows[:: len(rows) // size.scored][: size.scored].long()
-    whole = perplexity(language.network(size), q, rows, samples=32)
-    assert found["32 samples"]["NLL"] == pytest.approx(whole.nll, rel=1e-6)
-    assert found["32 samples"]["perplexity"] == pytest.approx(whole.perplexity, rel=1e-6)
-    assert found["1 sample"]["NLL"] > whole.nll
-    assert found["1 sample"]["spread"] > 0
-    model = language.network(size)
-    with q.at_mean(model), torch.no_grad():
-        assert found["the mean"]["NLL"] == pytest.approx(model.loss(rows).item(), rel=1e-5)

@@ -1,7 +1,8 @@
-"""English prose for byte-level language models: essays in full, some held out whole."""
+"""English text for byte-level language models, parts of it held out whole."""
 
 from __future__ import annotations
 
+import gzip
 import html
 import re
 from collections.abc import Iterable
@@ -16,7 +17,8 @@ from posterity_studies.data import cache, sources
 from posterity_studies.data.cache import Arrays
 
 ESSAYS = {"A": 5, "B": 7, "C": 12, "D": 11, "E": 6, "F": 8, "G": 7, "H": 6, "I": 8, "J": 7}
-HELD_OUT = 12  # every so many-th essay is for testing
+BLOCK = 1 << 16  # bytes
+HELD_OUT = 12  # every so many-th essay, or block, is for testing
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,6 +61,20 @@ def decode(files: Iterable[bytes]) -> Arrays:
     return arrays
 
 
+def decode_dictionary(files: Iterable[bytes]) -> Arrays:
+    """A compressed dictionary; every so many-th block of 64 KiB is held out for testing."""
+    (packed,) = files
+    content = gzip.decompress(packed)
+    blocks = [content[i : i + BLOCK] for i in range(0, len(content), BLOCK)]
+    parts = {"train": [], "test": []}
+    for number, block in enumerate(blocks):
+        parts["train" if (number + 1) % HELD_OUT else "test"].append(block)
+    arrays = {f"{split}.targets": np.zeros(0, np.uint8) for split in parts}
+    for split, held in parts.items():
+        arrays[f"{split}.inputs"] = np.frombuffer(bytearray(b"".join(held)), np.uint8)
+    return arrays
+
+
 def plain(page: str) -> str:
     """The body of a web page, a line for each paragraph.
 
@@ -94,4 +110,15 @@ _ANARCHISM = data.Origin(
     ),
 )
 
-TEXTS = {text.name: text for text in (_ANARCHISM,)}
+_DICTIONARY = data.Origin(
+    name="dictionary",
+    licence="GPL-3",
+    digest="sha256:2cba7ad0f55875147ded2c821d4457c4d7482957aa1af041abd8dccb6267d7c6",
+    sources=(
+        data.Source(
+            sources.debian, "dict-gcide", ("usr/share/dictd/gcide.dict.dz",), decode_dictionary
+        ),
+    ),
+)
+
+TEXTS = {text.name: text for text in (_ANARCHISM, _DICTIONARY)}

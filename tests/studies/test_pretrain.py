@@ -1,0 +1,159 @@
+"""Language models from scratch: the loop, what it keeps, and the study over it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from posterity.language import perplexity
+from posterity_studies import data, pretrain, runs
+from posterity_studies.data import cache, text
+from posterity_studies.models.gpt import GPT, GPTConfig
+from posterity_studies.pretrain import Pretraining
+from posterity_studies.recipes import UserError
+from posterity_studies.settings import LanguageAdamw, LanguageIvon
+from posterity_studies.studies import pretraining
+from posterity_studies.train import silent, warmup_cosine
+
+TOKENS = torch.frombuffer(
+    bytearray(b"the cat sat on a mat and a dog sat on the cat. " * 60), dtype=torch.uint8
+)
+SMALL = Pretraining(
+    GPTConfig(1, 2, 16, 12, 256), steps=12, batch=4, micro=2, warmup=2, every=4, held=5
+)
+BOTH = {
+    "adamw": LanguageAdamw(lr=1e-2),
+    "ivon": LanguageIvon(lr=20.0, ess=1e5, hess_init=0.1, memory=100),
+}
+
+
+def run(settings, folder, what=SMALL, seed=0):
+    return pretrain.pretrain(what, settings, seed, folder, TOKENS, TOKENS[:500])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_run_learns_and_can_be_read(name, tmp_path):
+    found = run(BOTH[name], tmp_path / "run", replace(SMALL, steps=60, every=20))
+    assert found["curve"]["step"] == [20, 40, 60]
+    for part in ("train", "held"):
+        assert found["curve"][part][-1] < min(found["curve"][part][0], 4.0)  # of ln 256 = 5.5
+    model, posterior = pretrain.load(tmp_path / "run")
+    assert (posterior is None) == (name == "adamw")
+    rows = pretrain.held_rows(TOKENS[:500], SMALL)
+    assert rows.shape == (5, 12)
+    assert pretrain.scored(model, rows, None)["mean"] == pytest.approx(found["curve"]["held"][-1])
+    assert run(BOTH[name], tmp_path / "run", replace(SMALL, steps=60, every=20)) == found
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path):
+    run(BOTH[name], tmp_path / "whole")
+
+    def killed(steps, total, label):
+        for step in steps:
+            if step == 7:
+                raise KeyboardInterrupt
+            yield step
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(SMALL, BOTH[name], 0, tmp_path / "killed", TOKENS, TOKENS[:500], killed)
+    assert (tmp_path / "killed/checkpoint.pt").exists()
+    again = run(BOTH[name], tmp_path / "killed")
+    assert again["curve"] == runs.read_json(tmp_path / "whole/result.json")["curve"]
+    assert not (tmp_path / "killed/checkpoint.pt").exists()
+    files = ["model.safetensors", *(["posterior.safetensors"] if name == "ivon" else [])]
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path):
+    """AdamW's steps are those of a plain loop over whole batches."""
+    what = replace(SMALL, clip=1e9)
+    run(BOTH["adamw"], tmp_path, what)
+    torch.manual_seed(0)
+    model = GPT(what.shape)
+    opt = BOTH["adamw"].build(model, len(TOKENS), what.steps, 0)
+    decay = {g["weight_decay"]: {p.dim() for p in g["params"]} for g in opt.param_groups}
+    assert decay == {0.1: {2}, 0.0: {1}}
+    rate = torch.optim.lr_scheduler.LambdaLR(opt, warmup_cosine(what.warmup, what.steps))
+    for step in range(1, what.steps + 1):
+        rows = pretrain.windows(TOKENS, what.batch, what.shape.context, 0, step)
+        opt.zero_grad()
+        cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
+        opt.step()
+        rate.step()
+    found = runs.read_tensors(tmp_path / "model.safetensors")
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(found[name], p, atol=2e-4, rtol=1e-3)
+
+
+def test_windows_are_from_anywhere_and_repeat():
+    rows = pretrain.windows(TOKENS, 500, 12, seed=3, step=1)
+    assert torch.equal(rows, pretrain.windows(TOKENS, 500, 12, seed=3, step=1))
+    assert not torch.equal(rows, pretrain.windows(TOKENS, 500, 12, seed=3, step=2))
+    numbered = pretrain.windows(torch.arange(40), 2000, 12, 0, 0)
+    assert torch.equal(numbered - numbered[:, :1], torch.arange(13).expand(2000, 13))
+    assert (numbered[:, 0].min(), numbered[:, 0].max()) == (0, 27)  # the last one ends the text
+
+
+def test_scores_are_those_of_perplexity(tmp_path):
+    run(BOTH["ivon"], tmp_path)
+    model, posterior = pretrain.load(tmp_path)
+    wide = posterior.temper(1e3)
+    rows = pretrain.held_rows(TOKENS[:500], SMALL)
+    found = pretrain.scored(model, rows, wide, (1, 4))
+    assert found["4"] == pytest.approx(perplexity(model, wide, rows, samples=4).nll, rel=1e-6)
+    assert found["1"] > found["4"]
+    assert found["1 spread"] > 0 == found["4 spread"]
+    assert found["mean"] == pytest.approx(model.loss(rows).item(), rel=1e-5)
+
+
+def test_wrong_runs_say_so(tmp_path):
+    run(BOTH["adamw"], tmp_path)
+    with pytest.raises(UserError, match="other settings"):
+        run(BOTH["ivon"], tmp_path)
+    with pytest.raises(UserError, match="longer than a window"):
+        pretrain.pretrain(SMALL, BOTH["adamw"], 0, tmp_path / "x", TOKENS[:9], TOKENS)
+    with pytest.raises(UserError, match="diverged at step 4"):
+        run(LanguageAdamw(lr=float("inf")), tmp_path / "y")
+    with pytest.raises(UserError, match="at least 1"):
+        replace(SMALL, micro=0)
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """The study's texts, but short."""
+    monkeypatch.setenv("POSTERITY_DATA", str(tmp_path / "cache"))
+    origins = {}
+    for name in pretraining.TEXTS:
+        arrays = {f"{split}.targets": np.zeros(0, np.uint8) for split in ("train", "test")}
+        arrays |= {f"{split}.inputs": TOKENS.numpy() for split in ("train", "test")}
+        cache.prepare(name)
+        cache.write(name, arrays, "made for a test")
+        digest = cache.digest(arrays)
+        origins[name] = data.Origin(name=name, licence="none", digest=digest, sources=())
+    monkeypatch.setattr(text, "TEXTS", origins)
+
+
+def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeypatch):
+    diverging = LanguageAdamw(lr=float("inf"))
+    trials = {"adamw": [diverging, BOTH["adamw"]], "ivon": [BOTH["ivon"], LanguageIvon(lr=1e-9)]}
+    monkeypatch.setattr(pretraining, "TRIALS", trials)
+    found = pretraining.study(tmp_path / "out", [0, 1], "smoke", silent)
+    assert json.loads(json.dumps(found, allow_nan=True))["rows"] == found["rows"]
+    assert [len(tried) for tried in found["trials"].values()] == [2, 2]
+    assert found["settings"]["adamw"]["lr"] == 1e-2
+    assert found["settings"]["ivon"]["lr"] == 20.0
+    names = ["AdamW", "IVON", "IVON, 1 sample", "IVON, 8 samples", "IVON, 32 samples"]
+    assert [row["method"] for row in found["rows"]] == names
+    tokens = [[r["tokens"] for r in every] for every in found["runs"].values()]
+    assert tokens[0] == tokens[1]
+    assert (tmp_path / "out/pretraining.png").read_bytes().startswith(b"\x89PNG")
+    assert pretraining.study(tmp_path / "out", [0, 1], "smoke", silent) == found
+
+
+def test_as_many_trials_of_each():
+    assert len({len(tried) for tried in pretraining.TRIALS.values()}) == 1
