@@ -27,6 +27,7 @@ STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "agreement": "How near is each method to the exact posterior of a small network?",
     "ood": "Does the network notice what it was not trained on?",
     "selective": "Does abstention keep its promise, what can be pruned, and how warm should it be?",
+    "finetuning": "Is a finetuned language model as accurate with IVON, and better calibrated?",
     "merging": "Is IVON's Hessian good for merging finetuned models?",
     "cost": "What does each use of a posterior cost, from 10,000 weights to 135 million?",
     "label-noise": "Does sensitivity find wrong labels, and better than the loss?",

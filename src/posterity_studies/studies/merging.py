@@ -9,9 +9,8 @@ those of single examples, in a further pass over all the training data.
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from posterity import IVON, Mixture, Posterior, predict
 from posterity.merging import merge
 from posterity_studies import runs
 from posterity_studies.data import packages
+from posterity_studies.finetune import Row, Rows, finetune, padded
 from posterity_studies.recipes import UserError
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.train import Progress
@@ -39,9 +39,6 @@ PRIOR = SETTINGS["ess"] * SETTINGS["weight_decay"]
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the sum of task vectors
 FLOORS = (0.03, 0.1, 0.3, 1.0, 3.0)  # δ0, in mean Hessians: between averaging and their sum
 
-Row = tuple[list[int], int]  # tokens, class
-Rows = Sequence[Row]
-Batch = tuple[dict[str, Tensor], Tensor]
 Score = dict[str, dict[str, float]]  # metric → domain → value
 
 
@@ -237,25 +234,6 @@ def sentences(domain: str, seed: int, size: Size) -> tuple[list[Row], list[Row],
     return rows[:first], rows[first:second], rows[second:]
 
 
-def padded(rows: Rows) -> Batch:
-    """Sentences as one batch."""
-    tokens = [torch.tensor(row) for row, _ in rows]
-    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
-    return {"input_ids": ids, "attention_mask": mask}, torch.tensor([y for _, y in rows])
-
-
-def batches(rows: Rows, size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """An epoch in batches of like length, in random order."""
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    made = []
-    for start in range(0, len(order), 8 * size):
-        pool = sorted(order[start : start + 8 * size], key=lambda i: len(rows[i][0]))
-        made += [pool[i : i + size] for i in range(0, len(pool), size)]
-    for i in torch.randperm(len(made), generator=generator).tolist():
-        yield padded([rows[j] for j in made[i]])
-
-
 def finetuned(
     path: Path, model: nn.Module, start: Posterior, rows: Rows, size: Size, seed: int
 ) -> Posterior:
@@ -275,23 +253,9 @@ def finetuned(
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(start.mean[name])
-    model.train()
     opt = IVON(weights.values(), **SETTINGS, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    steps = size.epochs * math.ceil(len(rows) / BATCH)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda t: min((t + 1) / (0.05 * steps), 1) * (1 - t / steps)
-    )
     clock = time.perf_counter()
-    for _ in range(size.epochs):
-        for inputs, targets in batches(rows, BATCH, generator):
-            with opt.sampled_params(train=True):
-                opt.zero_grad()
-                cross_entropy(model(**inputs).logits, targets).backward()
-                nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            opt.step()
-            rate.step()
-    opt.zero_grad()
+    finetune(model, opt, rows, batch=BATCH, epochs=size.epochs, seed=seed)
     posterior = opt.posterior(weights.items())
     posterior.settings |= {**made, "seconds": time.perf_counter() - clock}
     path.parent.mkdir(parents=True, exist_ok=True)
