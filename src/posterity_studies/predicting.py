@@ -40,7 +40,7 @@ class Predict:
         if self.abstain_at is not None and not 0 < self.abstain_at < 1:
             raise UserError("--abstain-at takes an error rate between 0 and 1")
         result, model, posterior = runs.load_sampled(self.run, self.samples)
-        known = data.LISTINGS[result["data"]]
+        known = data.known(result["data"])
         pixels = torch.stack([data.read_image(path, known.colour) for path in self.images])
         found = predict(model, posterior, known.normalise(pixels), samples=self.samples)
         rule = self._rule(result, model, posterior) if self.abstain_at is not None else None

@@ -54,7 +54,7 @@ class Sensitivity:
                 f"{self.run} has no Gaussian posterior: sensitivity needs a run of IVON"
             )
         task = load_task(runs.recipe_of(result))
-        n, known = len(task.train[1]), data.LISTINGS[result["data"]]
+        n, known = len(task.train[1]), data.known(result["data"])
         if self.first is not None and not 0 < self.first <= n:
             raise UserError(f"--first must be between 1 and {n}")
         inputs, targets = (part[: self.first] for part in task.train)

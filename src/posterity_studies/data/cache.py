@@ -38,15 +38,17 @@ def digest(arrays: Arrays) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
-def read(name: str, expected: str) -> tuple[Arrays, str] | None:
+def read(name: str, expected: str | None) -> tuple[Arrays, str] | None:
     """Read the cached arrays and the source that served them; None where there is no file.
 
-    Raises DataError on a file that cannot be read, is damaged, or whose digest is not `expected`.
+    Raises DataError on a file that cannot be read, is damaged, or whose digest is not `expected`
+    (None: the one that the file itself tells).
     """
     file = path(name)
     try:
-        arrays, source = _open(file)
+        arrays, told = _open(file)
         found = digest(arrays)
+        expected = expected or told.get("digest", "a digest in the file")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -59,7 +61,7 @@ def read(name: str, expected: str) -> tuple[Arrays, str] | None:
             f"{file} is damaged or foreign\n  expected {expected}\n  found    {found}\n"
             "Delete the file and run again to fetch it anew."
         )
-    return arrays, source
+    return arrays, told.get("source", "unknown")
 
 
 def prepare(name: str) -> None:
@@ -88,7 +90,7 @@ def write(name: str, arrays: Arrays, source: str) -> None:
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as stream:  # not mkstemp: the umask decides who may read
-            stream.write(save(dict(arrays), {"source": source}))
+            stream.write(save(dict(arrays), {"source": source, "digest": digest(arrays)}))
             stream.flush()
             os.fsync(stream.fileno())
         if digest(_open(temporary)[0]) != digest(arrays):
@@ -101,11 +103,11 @@ def write(name: str, arrays: Arrays, source: str) -> None:
             temporary.unlink()
 
 
-def _open(file: Path) -> tuple[dict[str, np.ndarray], str]:
+def _open(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     file.open("rb").close()  # safe_open would call a file without read permission missing
     with safe_open(file, framework="np") as stored:
         arrays = {key: stored.get_tensor(key) for key in KEYS}
-        return arrays, (stored.metadata() or {}).get("source", "unknown")
+        return arrays, stored.metadata() or {}
 
 
 def _unusable(folder: Path, error: Exception) -> DataError:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 CONNECT = 5.0  # seconds until a silent address is given up
-LIMIT = 256 << 20  # bytes; the largest archive member or download that is read
+LIMIT = 512 << 20  # bytes; the largest archive member or download that is read
 
 
 def url(address: str, files: Sequence[str]) -> Iterator[bytes]:

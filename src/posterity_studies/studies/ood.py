@@ -70,7 +70,7 @@ def judged(base: Recipe, seed: int, out: Path, progress: Progress) -> dict[str, 
     path = out / f"judged-seed{seed}.json"
     if path.exists():
         return runs.read_json(path)
-    task, known = load_task(base), data.LISTINGS[base.data]
+    task, known = load_task(base), data.known(base.data)
     unknown = {
         name: known.normalise(known.as_seen(data.load(name).test.inputs))
         for name in PAIRS[base.name]

@@ -90,7 +90,11 @@ def corpus() -> tuple[Tensor, tuple[Tensor, Tensor], str]:
     texts = [text.load(name) for name in TEXTS]
     halves = [t.test.tensor_split(2) for t in texts]
     first, second = (torch.cat(half) for half in zip(*halves, strict=True))
-    return torch.cat([t.train for t in texts]), (first, second), " ".join(t.digest for t in texts)
+    return (
+        torch.cat([t.train for t in texts]),
+        (first, second),
+        " ".join(str(t.digest) for t in texts),
+    )
 
 
 def search(
