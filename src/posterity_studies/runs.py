@@ -88,7 +88,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def recipe_of(result: dict[str, Any]) -> Recipe:
     """The recipe of a finished run."""
-    given = ("epochs", "batch_size", "samples", "validation", "train_limit", "label_noise")
+    given = (
+        "epochs",
+        "batch_size",
+        "samples",
+        "validation",
+        "train_limit",
+        "label_noise",
+        "augment",
+    )
     return replace(recipe(result["name"]), **{k: result[k] for k in given if k in result})
 
 

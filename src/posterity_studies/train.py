@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,9 @@ def configuration(recipe: Recipe, optimizer: str, seed: int) -> dict[str, Any]:
     """All that decides a run's bits, as plain values."""
     settings = {"optimizer": optimizer, **asdict(recipe.settings(optimizer))}
     rest = {k: v for k, v in asdict(recipe).items() if k not in ("optimizers", "search")}
-    if not recipe.label_noise:
-        del rest["label_noise"]  # as it was before there was any
+    for key in ("label_noise", "augment"):  # as it was before there was any
+        if not rest[key]:
+            del rest[key]
     return json.loads(json.dumps({**rest, "settings": settings, "seed": seed}))
 
 
@@ -146,7 +148,7 @@ def train(
     task = load_task(recipe)
     ranks.together()  # before the first one writes what the others have looked for
     torch.manual_seed(seed)
-    model = NETWORKS[recipe.network](len(task.class_names))
+    model = NETWORKS[recipe.network](len(task.class_names)).to(ranks.device())
     n = len(task.train[1])
     steps = recipe.epochs * math.ceil(n / recipe.batch_size)
     opt = recipe.settings(optimizer).build(model, n, steps, seed)
@@ -160,9 +162,8 @@ def train(
     for epoch in range(done, recipe.epochs):
         order = batches(n, recipe.batch_size, seed, epoch)
         bar = progress(range(len(order)), len(order), f"{optimizer} epoch {epoch + 1}")
-        seconds.append(
-            _epoch(replica, opt, schedule, task.train, order, seed, epoch, bar, log, watch)
-        )
+        pick = partial(picked, *task.train, recipe.augment)
+        seconds.append(_epoch(replica, opt, schedule, pick, order, seed, epoch, bar, log, watch))
         if not ranks.first():
             continue
         at_mean = evaluate(model, None, task.test)
@@ -200,7 +201,7 @@ def _epoch(
     model: nn.Module,
     opt: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    train: tuple[Tensor, Tensor],
+    pick: Callable[[Tensor], tuple[Tensor, Tensor]],
     order: tuple[Tensor, ...],
     seed: int,
     epoch: int,
@@ -209,21 +210,20 @@ def _epoch(
     watch: Watch | None,
 ) -> float:
     """One pass over the data; how long it took, in seconds."""
-    inputs, targets = train
     model.train()
     sampled_params = getattr(opt, "sampled_params", lambda train: nullcontext())
     backward = getattr(opt, "backward", _backward)
-    torch.manual_seed(1_000_003 * seed + epoch)  # so that a resumed run repeats its dropout, too
+    torch.manual_seed(1_000_003 * seed + epoch)  # a resumed run repeats what is random
     losses, rates = [], []
     start = time.perf_counter()
     for i in bar:
-        mine = ranks.part(order[i])
+        inputs, targets = pick(order[i])
         share = ranks.world() / len(order[i])  # ranks are averaged: this makes it the batch's mean
         found = []
         for _ in range(opt.param_groups[0].get("mc_samples", 1)):
             with sampled_params(train=True):
                 opt.zero_grad()
-                found.append(backward(model, inputs[mine], targets[mine], share))
+                found.append(backward(model, inputs, targets, share))
         opt.step()
         losses.append(torch.stack(found).mean())
         rates.append(opt.param_groups[0]["lr"])
@@ -235,6 +235,30 @@ def _epoch(
     numbered = enumerate(zip(whole, rates, strict=True), epoch * len(order) + 1)
     log.write(*({"step": step, "loss": loss, "lr": lr} for step, (loss, lr) in numbered))
     return seconds
+
+
+def picked(inputs: Tensor, targets: Tensor, augment: bool, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of a batch, where it computes."""
+    mine = ranks.part(batch)
+    x, y = inputs[mine], targets[mine]
+    if augment:
+        where = torch.randint(9, (len(batch), 2)), torch.randint(2, (len(batch),)).bool()
+        x = shifted(x, *map(ranks.part, where))
+    return x.to(ranks.device()), y.to(ranks.device())
+
+
+def shifted(images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
+    """Cuts of images padded by 4 pixels of their mean colour, from (row, column) corners 0 to 8.
+
+    images: normalised (n, channels, height, width); those of ``mirrored`` are also turned over.
+    """
+    height, width = images.shape[-2:]
+    rows = corners[:, :1] + torch.arange(height)
+    columns = corners[:, 1:] + torch.arange(width)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = nn.functional.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    each = torch.arange(len(images))[:, None, None]
+    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _backward(model: nn.Module, inputs: Tensor, targets: Tensor, share: float) -> Tensor:
@@ -346,9 +370,9 @@ def evaluate(
         distributed=count >= ranks.world(),
         progress=lambda items: progress(items, -(-count // ranks.world()), "posterior samples"),
     )
-    n, targets = len(test[1]), test[1]
-    probs = prediction.probs[:n]
-    if not prediction.probs.isfinite().all():
+    n, targets, found_probs = len(test[1]), test[1], prediction.probs.cpu()
+    probs = found_probs[:n]
+    if not found_probs.isfinite().all():
         raise UserError("the training diverged: the model's outputs are not finite. Lower the lr")
     found: dict[str, Any] = {
         "accuracy": metrics.accuracy(probs, targets),
@@ -357,7 +381,7 @@ def evaluate(
         "brier": metrics.brier(probs, targets),
     }
     if ood is not None:
-        ood_probs = prediction.probs[n:]
+        ood_probs = found_probs[n:]
         scores = probs.amax(1), ood_probs.amax(1)
         found["ood_auroc"] = metrics.auroc(*scores)
         found["ood_fpr_at_95"] = metrics.fpr_at_95(*scores)

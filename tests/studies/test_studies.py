@@ -355,3 +355,72 @@ def test_committed_results_are_whole():
         config = train.configuration(chosen, result["settings"]["optimizer"], result["seed"])
         assert {key: result[key] for key in config} == config
     assert compare.table(results).row_count == 4
+
+
+def test_shifted_images_are_cuts_of_padded_ones():
+    images = torch.rand(5, 3, 6, 7)
+    corners = torch.tensor([[4, 4], [0, 0], [8, 8], [4, 4], [2, 7]])
+    mirrored = torch.tensor([False, False, False, True, True])
+    found = train.shifted(images, corners, mirrored)
+    assert torch.equal(found[0], images[0])
+    assert torch.equal(found[1][:, 4:, 4:], images[1][:, :2, :3])
+    assert torch.equal(found[2][:, :2, :3], images[2][:, 4:, 4:])
+    assert not found[2][:, 2:].any()
+    assert torch.equal(found[3], images[3].flip(-1))
+    padded = torch.nn.functional.pad(images[4], (4, 4, 4, 4))
+    assert torch.equal(found[4], padded[:, 2:8, 7:14].flip(-1))
+
+
+def test_augmented_runs_resume_and_differ_from_plain_ones(folder, tmp_path, monkeypatch):
+    plain = replace(recipes.recipe("smoke"), samples=0)
+    chosen = replace(plain, augment=True)
+    assert "augment" not in train.configuration(plain, "sgd", 0)
+    whole = train.train(chosen, "sgd", 0, tmp_path / "whole")
+    assert whole["augment"]
+    assert runs.recipe_of(whole).augment
+    other = train.train(plain, "sgd", 0, tmp_path / "plain")
+    assert other["curve"]["train_loss"] != whole["curve"]["train_loss"]
+    epoch, calls = train._epoch, []
+
+    def killed(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return epoch(*arguments)
+
+    monkeypatch.setattr(train, "_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(chosen, "sgd", 0, tmp_path / "killed")
+    train.train(chosen, "sgd", 0, tmp_path / "killed")
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "ivon"])
+def test_published_recipes_take_their_first_steps(optimizer, tmp_path, monkeypatch):
+    """The paper's settings on a few pictures of the right form: CIFAR-100, a deep network."""
+    chosen = recipes.recipe("cifar100-resnet20-frn")
+    settings = chosen.settings("ivon")
+    assert (settings.lr, settings.hess_init, settings.weight_decay) == (0.2, 0.5, 2e-4)
+    assert (chosen.epochs, chosen.batch_size, settings.temperature) == (200, 50, 1.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def load(name):
+        n = 60
+        images = torch.randint(256, (n, 32, 32, 3), generator=generator, dtype=torch.uint8)
+        split = data.Split(images, torch.arange(n))
+        moments = {"mean": (0.5,) * 3, "std": (0.3,) * 3, "digest": "made for a test"}
+        told = {
+            "name": name,
+            "licence": "",
+            "sources": (),
+            "class_names": tuple(map(str, range(100))),
+        }
+        listing = data.Listing(**told, **moments)
+        return data.DataSet(**vars(listing), train=split, test=split, source="here")
+
+    monkeypatch.setattr(data, "load", load)
+    result = train.train(replace(chosen, epochs=1, samples=2), optimizer, 0, tmp_path)
+    assert len(result["curve"]["train_loss"]) == 1
+    assert result["evaluations"]["mean"]["nll"] < 20
+    assert result["parameters"] == 276_260
