@@ -221,8 +221,9 @@ class Study:
     name: tyro.conf.Positional[str] = ""
     """One of the list."""
     seeds: tuple[int, ...] = (0,)
-    scale: Literal["smoke", "desk"] = "desk"
-    """smoke takes seconds and its numbers mean nothing."""
+    scale: Literal["smoke", "desk", "paper"] = "desk"
+    """smoke takes seconds and its numbers mean nothing; paper is the published size, and takes
+    GPUs: CIFAR-10 with ResNet-20, GPT-2 on OpenWebText."""
     out: Path | None = None
     """Folder of the study; default runs/studies/NAME. What is finished there is used again."""
     results: Path | None = None

@@ -47,7 +47,7 @@ def test_studies_are_listed_and_unknown_ones_named(call):
     assert all(name in listed for name in STUDIES)
     done = call("study", "astrology")
     assert done.returncode == 2
-    assert "no study 'astrology'; there are leave-one-out" in done.stderr
+    assert "no study 'astrology'; there are pretraining" in done.stderr
 
 
 def test_agreement_is_of_ranks_and_of_late_gaps():
@@ -155,3 +155,15 @@ def test_agreement_and_total_variation_by_hand():
     found = agreement.measures(probs, exact, torch.tensor([0, 1]))
     assert found["agreement"] == 0.5
     assert found["total variation"] == pytest.approx((0.2 + 0.1) / 2)
+
+
+def test_the_papers_scale_is_of_some_studies(call, tmp_path):
+    done = call("study", "gap", "--scale", "paper", "--out", tmp_path / "x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "gap has no paper scale; pretraining," in done.stderr
+    chosen = recipes.recipe("published-baselines")
+    assert chosen.network == "resnet20-frn"
+    assert len(chosen.optimizers) == 8
+    assert chosen.settings("dropout").rate == 0.05
+    assert chosen.settings("swag").start * chosen.epochs == 160
+    assert chosen.settings("bbb").lr == 2e-3

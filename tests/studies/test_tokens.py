@@ -10,6 +10,8 @@ from posterity_studies import pretrain, runs
 from posterity_studies.data import packages, tokens
 from posterity_studies.models.gpt import GPTConfig
 from posterity_studies.recipes import UserError
+from posterity_studies.studies import pretraining
+from posterity_studies.train import silent
 
 pytest.importorskip("tokenizers")
 
@@ -158,3 +160,22 @@ def test_the_vocabulary_is_gpt2s():
     assert tokenizer.get_vocab_size() == 50257
     for text in WORDS:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_the_papers_scale_prepares_its_tokens(vocabulary, tmp_path, monkeypatch):
+    asked = []
+
+    def documents(corpus):
+        asked.append(corpus)
+        return [f"{word} {k}" for k, word in enumerate(WORDS * 8)], 0
+
+    monkeypatch.setattr(tokens, "documents", documents)
+    monkeypatch.setattr(tokens, "HELD_OUT", 2)
+    what, settings = pretrain.RECIPES["gpt2"]
+    small = replace(what, shape=GPTConfig(1, 2, 16, 8), batch=2, micro=1, held=2, steps=2)
+    monkeypatch.setitem(pretrain.RECIPES, "gpt2", (small, settings))
+    found = pretraining.study(tmp_path / "out", [0], "paper", silent)
+    assert asked == ["Skylion007/openwebtext"]
+    assert [row["method"] for row in found["rows"]][:2] == ["AdamW", "IVON"]
+    assert found["settings"]["ivon"]["lr"] == 300.0
+    assert found["data"] == "Skylion007/openwebtext, 48 documents"

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from posterity_studies.baselines.samples import Saved
+from posterity_studies.models.resnet import FilterResponse
 
 
 class Dropout(Saved):
-    """A distribution over masks: every ``nn.ReLU`` forgets a share ``rate`` of its outputs.
+    """A distribution over masks: every rectifier forgets a share ``rate`` of its outputs.
+
+    Rectifiers are ``nn.ReLU``, and filter-response norms, which rectify too.
 
     A mask is drawn for each example, layer and forward pass.
     """
@@ -29,9 +32,9 @@ class Dropout(Saved):
     @contextmanager
     def masked(self, model: nn.Module) -> Iterator[nn.Module]:
         """A context in which outputs are forgotten at random."""
-        layers = [m for m in model.modules() if isinstance(m, nn.ReLU)]
+        layers = [m for m in model.modules() if isinstance(m, (nn.ReLU, FilterResponse))]
         if not layers:
-            raise ValueError("MC-dropout follows nn.ReLU layers, and the model has none")
+            raise ValueError("MC-dropout follows rectifiers, and the model has none")
         with ExitStack() as hooks:
             for layer in layers:
                 hooks.callback(layer.register_forward_hook(self._forget).remove)

@@ -17,7 +17,9 @@ from posterity_studies import runs
 from posterity_studies.recipes import UserError
 from posterity_studies.train import Progress, silent
 
-Scale = Literal["smoke", "desk"]  # smoke: seconds, for tests; its numbers mean nothing
+# smoke: seconds, for tests, its numbers mean nothing; paper: the published size, on GPUs
+Scale = Literal["smoke", "desk", "paper"]
+PAPER = ("pretraining", "in-domain", "mc-samples", "ood")  # studies that have the paper's scale
 
 STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "pretraining": "Does IVON train a language model from scratch as well as AdamW?",
@@ -46,6 +48,8 @@ def study(
     """
     if name not in STUDIES:
         raise UserError(f"no study {name!r}; there are {', '.join(STUDIES)}")
+    if scale == "paper" and name not in PAPER:
+        raise UserError(f"{name} has no paper scale; {', '.join(PAPER)} have")
     asked = {"study": name, "scale": scale, "seeds": list(seeds)}
     if (out / "result.json").exists():
         found = runs.read_json(out / "result.json")

@@ -33,7 +33,7 @@ Judged = dict[str, float]  # metrics, and the seconds of all training that it to
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
     """A row for each method: means and standard deviations over seeds, and what it costs."""
-    chosen = recipe("baselines")
+    chosen = recipe("published-baselines" if scale == "paper" else "baselines")
     if scale == "smoke":
         short = {"epochs": 1, "train_limit": 200, "samples": 3, "batch_size": 25}
         chosen = replace(chosen, **short)

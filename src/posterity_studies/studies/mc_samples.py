@@ -34,6 +34,8 @@ MEASURES = {
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
     """A row for each number of training samples and of test samples; means over seeds."""
     base, in_training, in_test = recipe("fashion-mnist"), (1, 2, 4), TEST
+    if scale == "paper":
+        base, in_training = recipe("cifar10-resnet20-frn"), (1, 2, 4, 8, 16, 32)
     if scale == "smoke":
         base, in_training, in_test = replace(recipe("smoke"), epochs=1), (1, 2), 4
     ivon = base.settings("ivon")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from posterity_studies import runs
-from posterity_studies.data import text
+from posterity_studies.data import text, tokens
 from posterity_studies.models.gpt import GPTConfig
-from posterity_studies.pretrain import Pretraining, held_rows, load, pretrain, scored
+from posterity_studies.pretrain import RECIPES, Pretraining, held_rows, load, pretrain, scored
 from posterity_studies.recipes import UserError
 from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
 from posterity_studies.studies.pictures import label, picture
@@ -40,6 +40,9 @@ TRIALS: dict[str, list[Settings]] = {  # as many of each
         )
     ],
 }
+
+
+Corpus = tuple[Tensor, tuple[Tensor, Tensor], str]
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,12 @@ SCALES = {
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
     """Held-out loss of each optimizer at its best settings; nats a byte, means over seeds."""
-    size = SCALES[scale]
-    train, held, digest = corpus()
-    chosen = {o: search(out / "trials", o, size, train, held, progress) for o in TRIALS}
+    if scale == "paper":
+        size, chosen, (train, held, digest) = published(out, progress)
+    else:
+        size = SCALES[scale]
+        train, held, digest = corpus()
+        chosen = {o: search(out / "trials", o, size, train, held, progress) for o in TRIALS}
     found: dict[str, list[dict[str, Any]]] = {}
     for optimizer, (settings, _) in chosen.items():
         for seed in seeds:
@@ -85,7 +91,22 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     }
 
 
-def corpus() -> tuple[Tensor, tuple[Tensor, Tensor], str]:
+def published(
+    out: Path, progress: Progress
+) -> tuple[Scale, dict[str, tuple[Settings, list[dict[str, Any]]]], Corpus]:
+    """GPT-2 (124M) on OpenWebText with the paper's settings, which need no trials."""
+    what, settings = RECIPES["gpt2"]
+    facts = tokens.prepare("Skylion007/openwebtext", out / "tokens", progress)
+    read = tokens.load(out / "tokens")
+    first, second = read["held"].tensor_split(2)
+    chosen: dict[str, tuple[Settings, list[dict[str, Any]]]] = {
+        o: (s, []) for o, s in settings.items()
+    }
+    digest = f"{facts['corpus']}, {facts['documents']} documents"
+    return Scale(what, what.steps), chosen, (read["train"], (first, second), digest)
+
+
+def corpus() -> Corpus:
     """Bytes to train on, to choose by and to test with, and a digest."""
     texts = [text.load(name) for name in TEXTS]
     halves = [t.test.tensor_split(2) for t in texts]
