@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from posterity import IVON, Posterior, leave_one_out, metrics, predict
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import recipe
-from posterity_studies.train import load_task
+from posterity_studies.tasks import load_task
 from ways import assert_same, bits, weights
 
 lightning = pytest.importorskip("lightning.pytorch")

@@ -22,9 +22,10 @@ from posterity_studies import (
     report,
     runs,
     studies,
+    tasks,
     train,
     tune,
-)  # fmt: skip
+)
 from posterity_studies.data import tokens
 from posterity_studies.merge import Merge
 from posterity_studies.predicting import Predict
@@ -112,7 +113,7 @@ class Evaluate:
     def __call__(self) -> None:
         result, model, posterior = runs.load_sampled(self.run, self.samples)
         chosen = runs.recipe_of(result)
-        task = train.load_task(chosen)
+        task = tasks.load_task(chosen)
         found = train.evaluate(model, posterior, task.test, task.ood, self.samples, bar)
         drawn = Table(
             title=f"{self.run}: " + (f"{self.samples} samples" if posterior else "at the mean"),

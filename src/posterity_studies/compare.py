@@ -15,7 +15,8 @@ from rich.table import Table
 from posterity_studies import runs
 from posterity_studies.recipes import Recipe, UserError
 from posterity_studies.report import Entry, write_comparison
-from posterity_studies.train import finished, load_task
+from posterity_studies.tasks import load_task
+from posterity_studies.train import finished
 
 LABELS = {
     "adamw": "AdamW", "sgd": "SGD", "ivon": "IVON", "adahessian": "AdaHessian",

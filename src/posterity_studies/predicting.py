@@ -17,7 +17,8 @@ from posterity.binding import Samples
 from posterity.selective import Abstention, abstention
 from posterity_studies import data, runs
 from posterity_studies.recipes import UserError
-from posterity_studies.train import EVAL_BATCH, load_task
+from posterity_studies.tasks import load_task
+from posterity_studies.train import EVAL_BATCH
 
 
 @dataclass

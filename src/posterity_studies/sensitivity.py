@@ -18,7 +18,7 @@ from posterity_studies import data, runs
 from posterity_studies.progress import bar
 from posterity_studies.recipes import UserError
 from posterity_studies.report import write_sensitivity
-from posterity_studies.train import load_task
+from posterity_studies.tasks import load_task
 
 BATCH = 250
 

@@ -13,7 +13,7 @@ import torch
 
 from posterity_studies import runs
 from posterity_studies.recipes import Range, Recipe, UserError
-from posterity_studies.train import load_task
+from posterity_studies.tasks import load_task
 
 VALIDATION = 10_000  # training images held out
 KEPT = ("nll", "accuracy", "ece", "brier")

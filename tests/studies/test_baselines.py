@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from posterity import IVON, Mixture, Posterior, predict
-from posterity_studies import baselines, recipes, runs, train
+from posterity_studies import baselines, recipes, runs, tasks, train
 from posterity_studies.baselines import laplace, mean_field
 from posterity_studies.baselines.swag import LowRank
 
@@ -50,7 +50,7 @@ def test_a_run_learns_and_what_it_leaves_predicts_again(method, folder, tmp_path
     assert (posterior is None) == (method == "adahessian")
     saved = runs.read_tensors(tmp_path / "run/predictions.safetensors")
     name = "samples" if posterior else "mean"
-    inputs = train.load_task(chosen).test[0]
+    inputs = tasks.load_task(chosen).test[0]
     again = predict(model, posterior, inputs, 3, batch_size=train.EVAL_BATCH).probs
     # the whole was predicted together with what is unknown, in other batches
     if method != "dropout":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from posterity_studies import recipes, runs, train
+from posterity_studies import recipes, runs, tasks, train
 from posterity_studies.models import NETWORKS
 from posterity_studies.settings import IvonSamples
 from posterity_studies.studies import STUDIES, agreement, leave_one_out, mc_samples
@@ -66,13 +66,13 @@ def test_agreement_is_of_ranks_and_of_late_gaps():
 
 def test_a_share_of_the_labels_is_made_wrong_always_the_same(folder):
     targets = torch.arange(10).repeat(40)
-    noisy, wrong = train.mislabelled(targets, 10, 0.05)
+    noisy, wrong = tasks.mislabelled(targets, 10, 0.05)
     assert wrong.sum() == 20
     assert torch.equal(noisy != targets, wrong)
     assert set(noisy.tolist()) == set(range(10))
-    assert torch.equal(noisy, train.mislabelled(targets, 10, 0.05)[0])
+    assert torch.equal(noisy, tasks.mislabelled(targets, 10, 0.05)[0])
     chosen = recipes.replace(recipes.recipe("smoke"), label_noise=0.1)
-    task, clean = train.load_task(chosen), train.load_task(recipes.recipe("smoke"))
+    task, clean = tasks.load_task(chosen), tasks.load_task(recipes.recipe("smoke"))
     assert task.wrong is not None
     assert torch.equal(task.train[1] != clean.train[1], task.wrong)
     assert torch.equal(task.test[1], clean.test[1])
@@ -95,7 +95,7 @@ def test_several_samples_a_step_are_averaged(folder, tmp_path):
     two = IvonSamples(**asdict(ivon), mc_samples=2)
     chosen = recipes.replace(base, optimizers={"ivon": two}, samples=0)
     train.train(chosen, "ivon", 0, tmp_path / "two")
-    task = train.load_task(base)
+    task = tasks.load_task(base)
     torch.manual_seed(0)
     model = NETWORKS[base.network](10)
     n = len(task.train[1])
@@ -103,7 +103,7 @@ def test_several_samples_a_step_are_averaged(folder, tmp_path):
     steps = base.epochs * math.ceil(n / base.batch_size)
     rate = torch.optim.lr_scheduler.LambdaLR(opt, train.warmup_cosine(base.warmup * steps, steps))
     for epoch in range(base.epochs):
-        for batch in train.batches(n, base.batch_size, 0, epoch):
+        for batch in tasks.batches(n, base.batch_size, 0, epoch):
 
             def closure(batch=batch):
                 opt.zero_grad()

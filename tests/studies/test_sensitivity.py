@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from posterity import Posterior, sensitivity
-from posterity_studies import recipes, runs, train
+from posterity_studies import recipes, runs, tasks, train
 from posterity_studies.data import LISTINGS
 
 
@@ -26,7 +26,7 @@ def test_the_table_holds_the_scores_of_every_training_image(call, run):
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((run / "sensitivity.csv").open()))
     result, model, posterior = runs.load(run)
-    inputs, targets = train.load_task(runs.recipe_of(result)).train
+    inputs, targets = tasks.load_task(runs.recipe_of(result)).train
     assert [int(row["image"]) for row in rows] == list(range(600))
     expected = sensitivity(model, posterior, (inputs, targets))
     found = torch.tensor([float(row["sensitivity"]) for row in rows])

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from posterity import predict
 from posterity.selective import abstention
-from posterity_studies import compare, data, recipes, runs, train, tune
+from posterity_studies import compare, data, recipes, runs, tasks, train, tune
 from posterity_studies.recipes import UserError
 
 
@@ -227,7 +227,7 @@ def test_evaluate_agrees_with_the_run(run, call):
 def test_predict_abstains_where_the_promised_risk_asks_for_it(run, call, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    task = train.load_task(recipes.recipe("smoke"))
+    task = tasks.load_task(recipes.recipe("smoke"))
     model, posterior = runs.load(run)[1:]
     mine = predict(model, posterior, task.test[0][:1], samples=4).probs[0]
     for top in (float(mine.max()) - 0.01, float(mine.max()) + 0.01):  # as if half were so sure
@@ -339,10 +339,10 @@ def test_recipe_settings_are_those_that_tune_found():
 
 
 def test_order_of_an_epoch_is_a_permutation():
-    order = train.batches(1000, 128, seed=3, epoch=1)
+    order = tasks.batches(1000, 128, seed=3, epoch=1)
     assert torch.equal(torch.cat(order).sort().values, torch.arange(1000))
-    assert not torch.equal(order[0], train.batches(1000, 128, seed=3, epoch=2)[0])
-    assert torch.equal(order[0], train.batches(1000, 128, seed=3, epoch=1)[0])
+    assert not torch.equal(order[0], tasks.batches(1000, 128, seed=3, epoch=2)[0])
+    assert torch.equal(order[0], tasks.batches(1000, 128, seed=3, epoch=1)[0])
 
 
 def test_committed_results_are_whole():
@@ -361,7 +361,7 @@ def test_shifted_images_are_cuts_of_padded_ones():
     images = torch.rand(5, 3, 6, 7)
     corners = torch.tensor([[4, 4], [0, 0], [8, 8], [4, 4], [2, 7]])
     mirrored = torch.tensor([False, False, False, True, True])
-    found = train.shifted(images, corners, mirrored)
+    found = tasks.shifted(images, corners, mirrored)
     assert torch.equal(found[0], images[0])
     assert torch.equal(found[1][:, 4:, 4:], images[1][:, :2, :3])
     assert torch.equal(found[2][:, :2, :3], images[2][:, 4:, 4:])

@@ -29,7 +29,8 @@ from posterity_studies.recipes import Recipe, UserError, recipe
 from posterity_studies.settings import Backprop, Dropout, Ivon, Sgd, Swag, Vogn
 from posterity_studies.studies.in_domain import ENSEMBLES, LAPLACE, SAMPLED
 from posterity_studies.studies.pictures import label, picture
-from posterity_studies.train import EVAL_BATCH, Progress, load_task
+from posterity_studies.tasks import load_task
+from posterity_studies.train import EVAL_BATCH, Progress
 
 N, PRIOR = 1000, 1.0
 CHAINS = 3

@@ -21,7 +21,8 @@ from posterity.binding import Samples
 from posterity_studies import baselines, compare, jobs, runs
 from posterity_studies.recipes import Recipe, recipe
 from posterity_studies.studies.pictures import COLOURS, label, picture
-from posterity_studies.train import Progress, Task, evaluate, load_task
+from posterity_studies.tasks import Task, load_task
+from posterity_studies.train import Progress, evaluate
 
 METRICS = ("accuracy", "nll", "ece", "brier", "ood_auroc", "ood_fpr_at_95")
 LAPLACE = {"last-layer Laplace": baselines.last_layer, "diagonal Laplace": baselines.diagonal}

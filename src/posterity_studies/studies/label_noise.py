@@ -23,7 +23,8 @@ from posterity_studies import runs
 from posterity_studies.recipes import Recipe, recipe
 from posterity_studies.studies.leave_one_out import PRIOR
 from posterity_studies.studies.pictures import label, picture
-from posterity_studies.train import Progress, Task, load_task, train
+from posterity_studies.tasks import Task, load_task
+from posterity_studies.train import Progress, train
 
 SHARE = 0.05
 WHEN = (1, 2, 5, 10, 20)  # epochs; the last is the end of training

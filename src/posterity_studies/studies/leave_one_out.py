@@ -31,7 +31,8 @@ from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, recipe
 from posterity_studies.settings import Ivon
 from posterity_studies.studies.pictures import label, picture
-from posterity_studies.train import Progress, Task, batches, load_task, train
+from posterity_studies.tasks import Task, batches, load_task
+from posterity_studies.train import Progress, train
 
 CHECKPOINTS = 24
 PRIOR = 60.0  # λδ of the authors' settings: the prior precision of both

@@ -20,7 +20,8 @@ from posterity_studies import jobs, runs
 from posterity_studies.recipes import recipe
 from posterity_studies.settings import Ivon, IvonSamples
 from posterity_studies.studies.pictures import label, picture
-from posterity_studies.train import EVAL_BATCH, Progress, load_task
+from posterity_studies.tasks import load_task
+from posterity_studies.train import EVAL_BATCH, Progress
 
 TEST = 512
 GROUPS = 8  # at most, of samples

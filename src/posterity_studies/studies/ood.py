@@ -20,7 +20,8 @@ from posterity.binding import Samples
 from posterity_studies import compare, data, runs
 from posterity_studies.recipes import Recipe, recipe
 from posterity_studies.studies.pictures import label, picture
-from posterity_studies.train import EVAL_BATCH, Progress, load_task, train
+from posterity_studies.tasks import load_task
+from posterity_studies.train import EVAL_BATCH, Progress, train
 
 SCORES = {  # higher is more familiar
     "probability": lambda p: p.probs.amax(-1),

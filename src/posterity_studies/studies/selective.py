@@ -19,7 +19,8 @@ from posterity.selective import abstention, choose_temperature
 from posterity_studies import compare, runs
 from posterity_studies.recipes import recipe
 from posterity_studies.studies.pictures import label, picture
-from posterity_studies.train import EVAL_BATCH, Progress, load_task, train
+from posterity_studies.tasks import load_task
+from posterity_studies.train import EVAL_BATCH, Progress, train
 
 RISKS = (0.005, 0.01, 0.02, 0.05)
 SHARES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)

@@ -1,0 +1,96 @@
+"""The arrays of a recipe, and their batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from posterity_studies import data, ranks
+from posterity_studies.recipes import Recipe, UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """The arrays of a recipe: inputs are normalised, ``images`` are the inputs as pixels."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    ood: Tensor
+    images: Tensor  # of the test
+    train_images: Tensor
+    class_names: tuple[str, ...]
+    digest: str
+    wrong: Tensor | None = None  # which training labels were made wrong
+
+
+def load_task(recipe: Recipe) -> Task:
+    """Load a recipe's data; with ``validation`` the last training images stand in for the test.
+
+    Raises:
+        UserError: more validation images than there are training images.
+    """
+    known, unknown = data.load(recipe.data), data.load(recipe.ood)
+    images, targets = known.train.inputs, known.train.targets
+    test_images, test_targets = known.test.inputs, known.test.targets
+    if not 0 <= recipe.validation < len(targets):
+        raise UserError(f"--validation must leave some of the {len(targets)} training images")
+    if recipe.validation:
+        test_images, test_targets = images[-recipe.validation :], targets[-recipe.validation :]
+        images, targets = images[: -recipe.validation], targets[: -recipe.validation]
+    images, targets = images[: recipe.train_limit], targets[: recipe.train_limit]
+    wrong = None
+    if recipe.label_noise:
+        targets, wrong = mislabelled(targets, len(known.class_names), recipe.label_noise)
+    return Task(
+        train=(known.normalise(images), targets),
+        test=(known.normalise(test_images), test_targets),
+        ood=known.normalise(known.as_seen(unknown.test.inputs)),
+        images=test_images,
+        train_images=images,
+        class_names=known.class_names,
+        digest=f"{known.digest} {unknown.digest}",
+        wrong=wrong,
+    )
+
+
+def mislabelled(targets: Tensor, classes: int, share: float) -> tuple[Tensor, Tensor]:
+    """Targets of which a share, always the same ones, is another class; and which those are."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(targets), generator=generator)[: round(share * len(targets))]
+    away = torch.randint(1, classes, (len(chosen),), generator=generator)
+    targets, wrong = targets.clone(), torch.zeros(len(targets), dtype=torch.bool)
+    targets[chosen] = (targets[chosen] + away) % classes
+    wrong[chosen] = True
+    return targets, wrong
+
+
+def batches(n: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """An epoch's order: a pure function of seed and epoch, so that a resumed run repeats it."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(n, generator=generator).split(size)
+
+
+def picked(inputs: Tensor, targets: Tensor, augment: bool, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of a batch, where it computes."""
+    mine = ranks.part(batch)
+    x, y = inputs[mine], targets[mine]
+    if augment:
+        where = torch.randint(9, (len(batch), 2)), torch.randint(2, (len(batch),)).bool()
+        x = shifted(x, *map(ranks.part, where))
+    return x.to(ranks.device()), y.to(ranks.device())
+
+
+def shifted(images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
+    """Cuts of images padded by 4 pixels of their mean colour, from (row, column) corners 0 to 8.
+
+    images: normalised (n, channels, height, width); those of ``mirrored`` are also turned over.
+    """
+    height, width = images.shape[-2:]
+    rows = corners[:, :1] + torch.arange(height)
+    columns = corners[:, 1:] + torch.arange(width)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = nn.functional.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    each = torch.arange(len(images))[:, None, None]
+    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
