@@ -172,7 +172,10 @@ class Posterior:
 
         Further dimensions may come first: (…, *shape of the mean).
         """
-        return {name: self._std(name) ** 2 * v for name, v in vector.items()}
+        spread = {n: v / self.precision[n].to(_wide(self.precision[n])) for n, v in vector.items()}
+        for name, pruned in (self.pruned or {}).items():
+            spread[name].masked_fill_(pruned, 0)
+        return spread
 
     def hessian(self) -> Tensors:
         """The data's Hessian: precision − prior precision (for IVON λh).

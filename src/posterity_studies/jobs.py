@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from posterity_studies import runs
 from posterity_studies.recipes import Recipe, UserError
 from posterity_studies.train import Progress, finished, train
 
+T = TypeVar("T")
 Job = tuple[Recipe, str, int, Path]  # what `train` takes: recipe, optimizer, seed, folder
 
 
@@ -34,6 +35,11 @@ class Engine:
     slurm: str | None = None
     minutes: int = 24 * 60  # of a Slurm job
 
+    @property
+    def alone(self) -> bool:
+        """Whether all runs in this process."""
+        return self.slurm is None and self.at_a_time == 1
+
     def __post_init__(self):
         if self.at_a_time < 1 or self.minutes < 1:
             raise UserError("needs at least one job at a time, and one minute")
@@ -45,7 +51,7 @@ ENGINE: ContextVar[Engine] = ContextVar("engine", default=HERE)
 
 @contextmanager
 def on(engine: Engine) -> Iterator[None]:
-    """A context in which :func:`train_all` uses this engine."""
+    """A context in which :func:`train_all` and :func:`each` use this engine."""
     token = ENGINE.set(engine)
     try:
         yield
@@ -59,23 +65,46 @@ def train_all(jobs: Sequence[Job], progress: Progress) -> list[dict[str, Any]]:
     Raises:
         UserError: a job failed; the others are done, and need not be done again.
     """
-    found = [finished(*job) for job in jobs]
-    missing = [job for job, result in zip(jobs, found, strict=True) if result is None]
-    engine = ENGINE.get()
-    if engine.slurm is not None:
-        _collect(_submitted(missing, engine), progress)
-    elif engine.at_a_time == 1 or len(missing) < 2:
+    missing = [job for job in jobs if finished(*job) is None]
+    if ENGINE.get().alone:
         for job in missing:
-            train(*job, progress)
+            train(*job, progress)  # with a bar of its own
     else:
-        threads = max((os.cpu_count() or 1) // engine.at_a_time, 1)
-        context = multiprocessing.get_context("spawn")
-        with (
-            _environment(runs.environment(OMP_NUM_THREADS=str(threads))),
-            ProcessPoolExecutor(engine.at_a_time, context, _start, (threads,)) as pool,
-        ):
-            _collect({pool.submit(train, *job): job for job in missing}, progress)
+        folders = [job[3] for job in missing]
+        each(train, missing, progress, "runs", folders)
     return [finished(*job) or {} for job in jobs]
+
+
+def each(
+    function: Callable[..., T],
+    calls: Sequence[tuple[Any, ...]],
+    progress: Progress,
+    label: str,
+    names: Sequence[object] | None = None,
+) -> list[T]:
+    """``function(*call)`` for each call, in their order: here, in processes, or through Slurm.
+
+    Args:
+        function: of a module, for processes import it.
+        names: of the calls, for messages; by default their numbers.
+
+    Raises:
+        UserError: a call failed; the others have ended.
+    """
+    engine = ENGINE.get()
+    names = names or range(len(calls))
+    if engine.slurm is not None:
+        folder = Path(f"{names[0]}").parent if calls else Path()
+        return _collect(_submitted(function, calls, engine, folder), names, progress, label)
+    if engine.alone or len(calls) < 2:
+        return [function(*call) for call in progress(calls, len(calls), label)]
+    threads = max((os.cpu_count() or 1) // engine.at_a_time, 1)
+    context = multiprocessing.get_context("spawn")
+    with (
+        _environment(runs.environment(OMP_NUM_THREADS=str(threads))),
+        ProcessPoolExecutor(engine.at_a_time, context, _start, (threads,)) as pool,
+    ):
+        return _collect([pool.submit(function, *c) for c in calls], names, progress, label)
 
 
 def _start(threads: int) -> None:
@@ -94,28 +123,36 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _collect(futures: dict[Any, Job], progress: Progress) -> None:
-    """Wait for all; then raise for the first that failed."""
-    failures = []
+def _collect(
+    futures: Sequence[Any], names: Sequence[object], progress: Progress, label: str
+) -> list[Any]:
+    """All results in order; or what failed, when all have ended."""
+    known = {future: k for k, future in enumerate(futures)}
+    results, failures = [None] * len(futures), []
     done = as_completed(futures) if all(isinstance(f, Future) for f in futures) else futures
-    for future in progress(done, len(futures), "runs"):
+    for future in progress(done, len(futures), label):
         try:
-            future.result()
+            results[known[future]] = future.result()
         except Exception as error:
-            failures.append(f"{futures[future][3]}: {error}")
+            failures.append(f"{names[known[future]]}: {error}")
     if failures:
-        raise UserError(f"{len(failures)} of {len(futures)} runs failed. {failures[0]}")
+        raise UserError(f"{len(failures)} of {len(futures)} {label} failed. {failures[0]}")
+    return results
 
 
-def _submitted(jobs: Sequence[Job], engine: Engine, cluster: str = "slurm") -> dict[Any, Job]:
-    """Jobs submitted to Slurm; what they print is in the folder ``slurm`` beside the runs."""
+def _submitted(
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    engine: Engine,
+    folder: Path,
+    cluster: str = "slurm",
+) -> list[Any]:
+    """Calls submitted to Slurm; what they print is in the folder ``slurm`` of this folder."""
     try:
         import submitit
     except ImportError:
         raise UserError("Slurm needs submitit: pip install submitit") from None
-    if not jobs:
-        return {}
-    executor = submitit.AutoExecutor(folder=jobs[0][3].parent / "slurm", cluster=cluster)
+    executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
     told = {"slurm_partition": engine.slurm} if cluster == "slurm" else {}
     executor.update_parameters(timeout_min=engine.minutes, name="posterity", **told)
-    return {executor.submit(train, *job): job for job in jobs}
+    return [executor.submit(function, *call) for call in calls]

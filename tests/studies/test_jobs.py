@@ -55,8 +55,10 @@ def test_a_failure_names_its_run_and_costs_the_others_nothing(work):
 
 @pytest.mark.slow
 def test_jobs_are_submitted(work):
-    futures = jobs._submitted(work, jobs.Engine(slurm="any"), cluster="local")
-    jobs._collect(futures, silent)
+    engine = jobs.Engine(slurm="any")
+    futures = jobs._submitted(jobs.train, work, engine, work[0][3].parent, cluster="local")
+    found = jobs._collect(futures, ["a", "b"], silent, "runs")
+    assert [r["settings"]["optimizer"] for r in found] == ["sgd", "ivon"]
     assert [r["settings"]["optimizer"] for r in jobs.train_all(work, silent)] == ["sgd", "ivon"]
 
 

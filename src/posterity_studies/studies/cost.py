@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         rows += measured(make(), out)
         gc.collect()
     if scale == "desk":
-        rows.append(whole(5000))
+        rows += [whole(5000, variance) for variance in ("jacobian", "samples")]
     read = " ".join(packages.PACKAGES[name].sha256 for name in ("minilm", "sentiment", "smollm2"))
     return {"rows": rows, "data": "random" if scale == "smoke" else read}
 
@@ -147,17 +147,19 @@ def smollm2() -> Case:
     return Case("SmolLM2", model, [(tokens[:, :-1], tokens[:, 1:])], vectorize=False)
 
 
-def whole(n: int) -> dict[str, Any]:
-    """Sensitivity of MiniLM to n sentences, by Jacobians."""
+def whole(n: int, variance: Literal["jacobian", "samples"]) -> dict[str, Any]:
+    """Sensitivity of MiniLM to n sentences."""
     model, batches = _sentences(n)
     mean = dict(model.named_parameters())
     posterior = Posterior(mean, {k: torch.full_like(p, 1e6) for k, p in mean.items()}, ess=n)
+    how: dict[str, Any] = {"vectorize": False} if variance == "jacobian" else {"samples": 16}
     start = time.perf_counter()
-    scores = sensitivity(model.eval(), posterior, batches, vectorize=False)
+    scores = sensitivity(model.eval(), posterior, batches, variance=variance, **how)
     seconds = time.perf_counter() - start
     size = sum(p.numel() for p in mean.values())
-    told = {"method": "MiniLM-L6", "weights": size, "use": f"sensitivity, {len(scores)} sentences"}
-    return {**told, "seconds": seconds}
+    by = "Jacobians" if variance == "jacobian" else "16 samples"
+    use = f"sensitivity by {by}, {len(scores)} sentences"
+    return {"method": "MiniLM-L6", "weights": size, "use": use, "seconds": seconds}
 
 
 def _sentences(n: int) -> tuple[nn.Module, Iterator[tuple[Any, Tensor]]]:

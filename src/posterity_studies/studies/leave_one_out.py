@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from posterity import IVON, leave_one_out
 from posterity.integrations.adam import adam_posterior
 from posterity.perturbation import perturb
-from posterity_studies import runs
+from posterity_studies import jobs, runs
 from posterity_studies.compare import LABELS
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, recipe
@@ -171,14 +171,12 @@ def by_brute_force(
     images = order[torch.linspace(0, limit - 1, count).round().long()].tolist()
     start = time.perf_counter()
     base = continued(saved, ivon, task.train, None, steps, seed)
-    moves = []
-    for image in progress(images, count, "leaving out one"):
-        x = task.train[0][image : image + 1]
-        other = continued(saved, ivon, task.train, image, steps, seed)
-        with torch.no_grad():
-            moves.append((other(x) - base(x))[0])
+    with torch.no_grad():
+        before = base(task.train[0][images])
+    calls = [(path, few, image, steps, seed) for image in images]
+    after = torch.tensor(jobs.each(left_out, calls, progress, "images left out", images))
     seconds = time.perf_counter() - start
-    truth, estimate = torch.stack(moves), found.shift[images]
+    truth, estimate = after - before, found.shift[images]
     sizes = truth.norm(dim=1), estimate.norm(dim=1)
     with picture(out / "brute-force.png", 2) as panels:
         for panel, (a, b), what in (
@@ -200,6 +198,15 @@ def by_brute_force(
         "true": truth.tolist(),
         "estimated": estimate.tolist(),
     }
+
+
+def left_out(path: Path, few: Recipe, image: int, steps: int, seed: int) -> list[float]:
+    """An image's logits when training has gone on without it."""
+    ivon, task = few.settings("ivon"), load_task(few)
+    assert isinstance(ivon, Ivon)
+    model = continued(runs.read_checkpoint(path), ivon, task.train, image, steps, seed)
+    with torch.no_grad():
+        return model(task.train[0][image : image + 1])[0].tolist()
 
 
 def restored(saved: dict[str, Any], settings: Ivon, n: int) -> tuple[nn.Module, IVON]:

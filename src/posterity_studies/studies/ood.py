@@ -127,8 +127,8 @@ def draw(path: Path, out: Path, seed: int, names: Sequence[str]) -> None:
     stored = [runs.read_tensors(out / n / f"entropies-seed{seed}.safetensors") for n in names]
     with picture(path, len(names) * 2) as panels:
         for k, (name, entropies) in enumerate(zip(names, stored, strict=True)):
-            methods = list(entropies)
-            sizes = runs.read_json(out / name / f"judged-seed{seed}.json")["sizes"]
+            told = runs.read_json(out / name / f"judged-seed{seed}.json")
+            methods, sizes = list(told["accuracy"]), told["sizes"]  # a file's order is the names'
             for panel, method in zip(panels[2 * k :], (methods[0], methods[-1]), strict=False):
                 known, *others = entropies[method].split(sizes)
                 bins = torch.linspace(0, math.log(10), 31).tolist()
