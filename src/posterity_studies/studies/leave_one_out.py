@@ -177,27 +177,33 @@ def by_brute_force(
     after = torch.tensor(jobs.each(left_out, calls, progress, "images left out", images))
     seconds = time.perf_counter() - start
     truth, estimate = after - before, found.shift[images]
-    sizes = truth.norm(dim=1), estimate.norm(dim=1)
-    with picture(out / "brute-force.png", 2) as panels:
-        for panel, (a, b), what in (
-            (panels[0], (estimate.flatten(), truth.flatten()), "each logit"),
-            (panels[1], (sizes[1], sizes[0]), "length of the move"),
-        ):
-            panel.plot(a, b, "o", alpha=0.5, markeredgewidth=0)
-            ends = [min(a.min(), b.min()), max(a.max(), b.max())]
-            panel.plot(ends, ends, color="#8a8a8a", lw=1)
-            label(panel, what, "estimated from the posterior", "without the image")
-        panels[1].set(xscale="log", yscale="log")
+    draw_moves(out / "brute-force.png", truth, estimate)
     return {
         "images": images,
         "steps": steps,
         "seconds": seconds,
         "correlation of the logits": correlation(truth.flatten(), estimate.flatten()),
         "slope": ((truth * estimate).sum() / estimate.square().sum()).item(),
-        "rank correlation of the lengths": rank_correlation(*sizes),
+        "rank correlation of the lengths": rank_correlation(
+            truth.norm(dim=1), estimate.norm(dim=1)
+        ),
         "true": truth.tolist(),
         "estimated": estimate.tolist(),
     }
+
+
+def draw_moves(path: Path, truth: Tensor, estimate: Tensor) -> None:
+    """Each logit's move (images, classes) and their lengths, against the estimates."""
+    with picture(path, 2) as panels:
+        for panel, (x, y), what in (
+            (panels[0], (estimate.flatten(), truth.flatten()), "each logit"),
+            (panels[1], (estimate.norm(dim=1), truth.norm(dim=1)), "length of the move"),
+        ):
+            panel.plot(x, y, "o", alpha=0.5, markeredgewidth=0)
+            panel.axline((1, 1), (2, 2), color="#8a8a8a", lw=1)
+            panel.set_ylim(1.2 * y.min() if y.min() < 0 else 0.8 * y.min(), 1.2 * y.max())
+            label(panel, what, "estimated from the posterior", "without the image")
+        panels[1].set(xscale="log", yscale="log")
 
 
 def left_out(path: Path, few: Recipe, image: int, steps: int, seed: int) -> list[float]:
