@@ -16,6 +16,7 @@ from posterity_studies import (
     claims,
     compare,
     data,
+    finetune,
     jobs,
     pretrain,
     ranks,
@@ -30,7 +31,7 @@ from posterity_studies.data import tokens
 from posterity_studies.merge import Merge
 from posterity_studies.predicting import Predict
 from posterity_studies.progress import bar
-from posterity_studies.recipes import Recipe, UserError, recipe
+from posterity_studies.recipes import Recipe, UserError, overridden, recipe
 from posterity_studies.sensitivity import Sensitivity
 
 Name = tyro.conf.Positional[str]
@@ -216,6 +217,60 @@ class Pretrain:
 
 
 @dataclass
+class Finetune:
+    """Finetune a language model on sentences, and keep its posterior: to predict with, to merge.
+
+    Run it again after an interruption: it goes on. On several processes:
+    torchrun --nproc-per-node N -m posterity_studies finetune ...
+    """
+
+    model: Name
+    """An encoder of the Hugging Face hub, such as FacebookAI/roberta-large, or a folder that holds
+    one; minilm (22.7M weights) or smollm2 (135M, by LoRA) need no hub."""
+    sentences: Name
+    """cola, sst2, mrpc, qqp, mnli, qnli or rte of GLUE; imdb, yelp, rotten-tomatoes, amazon; a data
+    set of the hub, or a folder, with columns text and label and splits train and test. For minilm
+    movies, amazon, nyt, tweets or airline; for smollm2 movies."""
+    optimizer: str = "ivon"
+    """adamw or ivon."""
+    seed: int = 0
+    """Models that are to be merged need one seed: their heads start from it."""
+    out: Path | None = None
+    """Folder of the run; default runs/MODEL/SENTENCES/OPTIMIZER-seedSEED."""
+    epochs: int | None = None
+    batch: int | None = None
+    """Sentences a step, of all processes together."""
+    samples: int = 16
+    """Posterior samples that the test averages."""
+    set: tuple[str, ...] = ()
+    """Settings of the optimizer, as KEY=NUMBER: --set lr=0.01 ess=1e8."""
+
+    def __call__(self) -> None:
+        if self.optimizer not in finetune.OPTIMIZERS:
+            known = ", ".join(finetune.OPTIMIZERS)
+            raise UserError(f"no optimizer {self.optimizer!r}; there are {known}")
+        settings = overridden(finetune.OPTIMIZERS[self.optimizer], self.optimizer, self.set)
+        given = {"epochs": self.epochs, "batch": self.batch}
+        if min(self.samples, *(v for v in given.values() if v is not None), 1) < 1:
+            raise UserError("needs --epochs, --batch and --samples of at least 1")
+        subject = finetune.subject(self.model, self.sentences)
+        subject = replace(subject, **{k: v for k, v in given.items() if v is not None})
+        name = Path(self.sentences.rstrip("/")).name
+        out = self.out or Path("runs", subject.name, name, f"{self.optimizer}-seed{self.seed}")
+        with ranks.joined():
+            how = {"samples": self.samples, "progress": bar}
+            found = finetune.run(subject, self.sentences, settings, self.seed, out, **how)
+            first = ranks.first()
+        if not first:
+            return
+        drawn = Table("on the test", *finetune.MEASURES, title_justify="left")
+        for way, score in found["test"].items():
+            drawn.add_row(way, *(f"{score[measure]:.4f}" for measure in finetune.MEASURES))
+        Console().print(drawn)
+        print(f"run folder: {out}")
+
+
+@dataclass
 class Study:
     """Ask on real data what the posterior is good for; without a name, list the questions."""
 
@@ -293,6 +348,7 @@ def main() -> None:
         "tune": Tune,
         "tokens": Tokens,
         "pretrain": Pretrain,
+        "finetune": Finetune,
         "sensitivity": Sensitivity,
         "merge": Merge,
         "study": Study,
@@ -303,8 +359,8 @@ def main() -> None:
         description="Variational learning of deep networks, tried on real data.",
     )
     try:
-        if ranks.several() and not isinstance(command, (Train, Pretrain)):
-            raise UserError("of the commands only train and pretrain run on several processes")
+        if ranks.several() and not isinstance(command, (Train, Pretrain, Finetune)):
+            raise UserError("only train, pretrain and finetune run on several processes")
         command()
     except KeyboardInterrupt:
         print(

@@ -1,112 +1,220 @@
-"""Finetuning: the one loop over batches of sentences, for any optimizer."""
+"""Finetuning: the one loop over batches of sentences, and a run of it → a folder."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from posterity import IVON
+from posterity import Posterior, metrics, predict
+from posterity.binding import Samples
+from posterity_studies import ranks, runs
+from posterity_studies.recipes import UserError
+from posterity_studies.settings import FinetuneAdamw, FinetuneIvon, Settings
+from posterity_studies.subjects import MiniLM, Pretrained, Row, Rows, SmolLM2, Subject
+from posterity_studies.train import Progress, silent
 
-Row = tuple[list[int], int]  # tokens, class
-Rows = Sequence[Row]
-Batch = tuple[dict[str, Tensor], Tensor]
-Logits = Callable[[nn.Module, dict[str, Tensor]], Tensor]  # of the classes
+Inputs = dict[str, Tensor]
+Score = dict[str, float]
+MEASURES = ("accuracy", "nll", "ece")
 
-
-@dataclass(frozen=True)
-class AdamW:
-    """AdamW; vectors decay too, for few of them are trained."""
-
-    lr: float
-    weight_decay: float = 0.01
-
-    def build(self, weights: Sequence[nn.Parameter], seed: int) -> torch.optim.Optimizer:
-        """The optimizer of some weights."""
-        return torch.optim.AdamW(weights, self.lr, weight_decay=self.weight_decay)
+OPTIMIZERS: dict[str, Settings] = {"adamw": FinetuneAdamw(), "ivon": FinetuneIvon()}
 
 
-@dataclass(frozen=True)
-class Ivon:
-    """IVON as the paper finetunes: λ itself, steps clipped and not rescaled."""
-
-    lr: float
-    ess: float
-    hess_init: float = 1e-3
-    beta2: float = 0.995
-    weight_decay: float = 1e-6
-    clip_radius: float = 1e-3
-
-    def build(self, weights: Sequence[nn.Parameter], seed: int) -> torch.optim.Optimizer:
-        """The optimizer of some weights."""
-        return IVON(
-            weights,
-            self.lr,
-            ess=self.ess,
-            hess_init=self.hess_init,
-            betas=(0.9, self.beta2),
-            weight_decay=self.weight_decay,
-            clip_radius=self.clip_radius,
-            rescale_lr=False,
-            seed=seed,
-        )
+def subject(model: str, domain: str) -> Subject:
+    """``minilm``, ``smollm2``, or a model of the hub or of a folder, for one domain."""
+    if model == "minilm":
+        return MiniLM()
+    if model == "smollm2":
+        return SmolLM2()
+    return Pretrained(model=model, domains=(domain,))
 
 
-def class_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Of a model with a head for classes."""
-    return model(**inputs).logits
+def run(
+    subject: Subject,
+    domain: str,
+    settings: Settings,
+    seed: int,
+    folder: Path,
+    samples: int = 16,
+    keep: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Finetune with one seed, and score; a finished run is returned, a killed one goes on.
+
+    Writes ``config.json``, ``checkpoint.pt`` while it runs and, last, ``result.json``: of the
+    sentences to choose by and those to test with accuracy, NLL and ECE, at ``the mean`` and, where
+    there is a posterior, ``averaged``. With ``keep`` also the trained weights: before
+    (``base.safetensors``, for `posterity merge --base`) and after, ``posterior.safetensors``, or
+    ``model.safetensors`` of a method that has none. Under torchrun every rank calls this, and
+    takes its part of each batch.
+
+    Raises:
+        UserError: the folder holds another run, or the loss is not finite.
+        DataError: the model or the sentences cannot be had.
+    """
+    told = {"settings": {"kind": type(settings).__name__, **asdict(settings)}, "seed": seed}
+    told |= {"model": subject.name, "subject": asdict(subject), "domain": domain}
+    config = json.loads(json.dumps(told | {"samples": samples}))
+    if (folder / "config.json").exists():
+        if runs.read_json(folder / "config.json") != config:
+            raise UserError(
+                f"{folder} holds a run with other settings: choose another, or remove it"
+            )
+        if (folder / "result.json").exists():
+            return runs.read_json(folder / "result.json")
+    train, held, test = subject.sentences(domain, seed)
+    model = subject.make(seed, domain).to(ranks.device())
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    steps = subject.epochs * math.ceil(len(train) / subject.batch)
+    opt = settings.build(model, len(train), steps, seed)
+    posterior_of = getattr(opt, "posterior", None)
+    ranks.together()
+    if ranks.first():
+        runs.write_json(folder / "config.json", config)
+        if keep and isinstance(settings, FinetuneIvon) and settings.weight_decay:
+            base_posterior(weights, settings).save(folder / "base.safetensors")
+    finetune(model, opt, train, subject, seed, folder / "checkpoint.pt", progress)
+    posterior: Posterior | None = None
+    if posterior_of is not None:  # of whole models: every rank takes part
+        posterior = posterior_of(weights.items())
+    if ranks.first():
+        ways: dict[str, Samples | None] = {"the mean": None}
+        ways |= {"averaged": posterior} if posterior else {}
+        scores = {
+            part: {way: scored(model, q, rows, subject, samples) for way, q in ways.items()}
+            for part, rows in (("validation", held), ("test", test))
+        }
+        if keep and posterior:
+            posterior.save(folder / "posterior.safetensors")
+        elif keep:
+            runs.write_tensors(folder / "model.safetensors", weights)
+        provenance = runs.provenance(seed, domain)
+        runs.write_json(folder / "result.json", {**config, **scores, "provenance": provenance})
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    ranks.together()
+    return runs.read_json(folder / "result.json")
+
+
+def base_posterior(weights: Mapping[str, Tensor], settings: FinetuneIvon) -> Posterior:
+    """What IVON starts from, with the precision of the prior; a copy."""
+    prior = settings.ess * settings.weight_decay
+    mean = {name: p.detach().clone() for name, p in weights.items()}
+    precision = {name: torch.full_like(p, prior) for name, p in mean.items()}
+    return Posterior(mean, precision, prior_precision=prior)
 
 
 def finetune(
     model: nn.Module,
     opt: torch.optim.Optimizer,
     rows: Rows,
-    *,
-    batch: int,
-    epochs: int,
+    subject: Subject,
     seed: int,
-    logits: Logits = class_logits,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
 ) -> None:
-    """Train on sentences: a warm-up of 5 % of the steps, linear decay, gradients clipped at 1."""
-    steps = epochs * math.ceil(len(rows) / batch)
+    """Train on sentences: a warm-up of 5 % of the steps, linear decay, gradients clipped at 1.
+
+    With ``checkpoint`` the state is kept there after each epoch, and taken up from there.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    steps = subject.epochs * math.ceil(len(rows) / subject.batch)
     rate = torch.optim.lr_scheduler.LambdaLR(
         opt, lambda t: min((t + 1) / (0.05 * steps), 1) * (1 - t / steps)
     )
-    weights = [p for group in opt.param_groups for p in group["params"]]
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    done = 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = runs.read_checkpoint(checkpoint)
+        model.load_state_dict(saved["weights"], strict=False)
+        opt.load_state_dict(saved["optimizer"])
+        rate.load_state_dict(saved["rate"])
+        done = saved["epoch"]
+    replica = ranks.replica(model)
     sampled_params: Any = getattr(opt, "sampled_params", lambda train: nullcontext())
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(epochs):
-        for inputs, targets in batches(rows, batch, generator):
+    for epoch in range(done, subject.epochs):
+        replica.train()
+        torch.manual_seed(1_000_003 * seed + epoch)  # a resumed run repeats what is random
+        order = list(batches(rows, subject.batch, seed, epoch))
+        losses = []
+        for chosen in progress(order, len(order), f"epoch {epoch + 1}"):
+            mine = ranks.part(chosen)
+            inputs, targets = padded(mine or chosen[:1])  # each rank makes a pass, if of nothing
+            share = ranks.world() / len(chosen) if mine else 0.0
             with sampled_params(train=True):
                 opt.zero_grad()
-                cross_entropy(logits(model, inputs), targets).backward()
-                nn.utils.clip_grad_norm_(weights, 1.0)
+                loss = (
+                    cross_entropy(subject.logits(replica, inputs), targets, reduction="sum") * share
+                )
+                loss.backward()
+                nn.utils.clip_grad_norm_(weights.values(), 1.0)
             opt.step()
             rate.step()
+            losses.append(loss.detach())
+        if not torch.stack(losses).isfinite().all():
+            raise UserError("the training diverged: the loss is not finite. Lower the lr")
+        if checkpoint is not None and ranks.first():
+            states = {"optimizer": opt.state_dict(), "rate": rate.state_dict(), "epoch": epoch + 1}
+            kept = {name: p.detach() for name, p in weights.items()}
+            runs.write_checkpoint(checkpoint, {"weights": kept, **states})
     opt.zero_grad()
 
 
-def padded(rows: Rows) -> Batch:
-    """Sentences as one batch."""
+def padded(rows: Rows) -> tuple[Inputs, Tensor]:
+    """Sentences as one batch, and their classes, where this rank computes."""
     tokens = [torch.tensor(row) for row, _ in rows]
     ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
-    return {"input_ids": ids, "attention_mask": mask}, torch.tensor([y for _, y in rows])
+    targets = torch.tensor([y for _, y in rows])
+    where = ranks.device()
+    return {"input_ids": ids.to(where), "attention_mask": mask.to(where)}, targets.to(where)
 
 
-def batches(rows: Rows, size: int, generator: torch.Generator) -> Iterator[Batch]:
+def batches(rows: Rows, size: int, seed: int, epoch: int) -> Iterator[list[Row]]:
     """An epoch in batches of like length, in random order."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(len(rows), generator=generator).tolist()
     made = []
     for start in range(0, len(order), 8 * size):
         pool = sorted(order[start : start + 8 * size], key=lambda i: len(rows[i][0]))
         made += [pool[i : i + size] for i in range(0, len(pool), size)]
     for i in torch.randperm(len(made), generator=generator).tolist():
-        yield padded([rows[j] for j in made[i]])
+        yield [rows[j] for j in made[i]]
+
+
+class _Classes(nn.Module):
+    """A model as what gives the logits of its classes, with the model's own names."""
+
+    def __init__(self, model: nn.Module, subject: Subject):
+        super().__init__()
+        self.module, self.subject = model, subject  # a name that posteriors see through
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits (sentences, classes)."""
+        return self.subject.logits(self.module, inputs)
+
+
+def scored(
+    model: nn.Module, posterior: Samples | None, rows: Rows, subject: Subject, samples: int
+) -> Score:
+    """Accuracy, NLL and ECE of a model on sentences."""
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    groups = [padded(ordered[i : i + 50]) for i in range(0, len(ordered), 50)]
+    asked = _Classes(model, subject)
+    probs = torch.cat([predict(asked, posterior, [x], samples).probs.cpu() for x, _ in groups])
+    targets = torch.cat([y.cpu() for _, y in groups])
+    return {
+        "accuracy": metrics.accuracy(probs, targets),
+        "nll": metrics.nll(probs, targets),
+        "ece": metrics.ece(probs, targets, 20),
+    }

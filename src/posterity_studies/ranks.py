@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from posterity.distributed import alone, rank, total, world
+
+Batch = TypeVar("Batch", Tensor, list[Any])
 
 __all__ = [
     "alone",
@@ -62,7 +65,7 @@ def together() -> None:
         dist.barrier()
 
 
-def part(batch: Tensor) -> Tensor:
+def part(batch: Batch) -> Batch:
     """This rank's part of a batch; none where there are more ranks than examples."""
     return batch[rank() :: world()]
 

@@ -32,6 +32,25 @@ class UserError(Exception):
 Range = tuple[float, float]  # of a logarithmic search
 
 
+def overridden(settings: Settings, optimizer: str, overrides: Iterable[str]) -> Settings:
+    """Settings with ``key=value`` overrides.
+
+    Raises:
+        UserError: an unknown key, or a value that is no number.
+    """
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in {f.name for f in fields(settings)}:
+            known = ", ".join(f.name for f in fields(settings))
+            raise UserError(f"{optimizer} has no setting {key!r}; there are {known}")
+        try:
+            changes[key] = get_type_hints(type(settings))[key](value)
+        except ValueError:
+            raise UserError(f"{override!r}: expected {key}=NUMBER") from None
+    return replace(settings, **changes)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One experiment: data, network, length, and settings for each optimizer."""
@@ -61,20 +80,8 @@ class Recipe:
         Raises:
             UserError: an unknown optimizer or key, or a value that is no number.
         """
-        settings = self.settings(optimizer)
-        changes: dict[str, Any] = {}
-        for override in overrides:
-            key, _, value = override.partition("=")
-            if key not in {f.name for f in fields(settings)}:
-                known = ", ".join(f.name for f in fields(settings))
-                raise UserError(f"{optimizer} has no setting {key!r}; there are {known}")
-            try:
-                changes[key] = get_type_hints(type(settings))[key](value)
-            except ValueError:
-                raise UserError(f"{override!r}: expected {key}=NUMBER") from None
-        return replace(
-            self, optimizers={**self.optimizers, optimizer: replace(settings, **changes)}
-        )
+        settings = overridden(self.settings(optimizer), optimizer, overrides)
+        return replace(self, optimizers={**self.optimizers, optimizer: settings})
 
     def settings(self, optimizer: str) -> Settings:
         """One optimizer's settings.
@@ -133,8 +140,18 @@ def with_baselines(base: Recipe, **more: Settings) -> Recipe:
 
 
 def baselines() -> Recipe:
-    """`fashion-mnist` with more methods."""
-    return replace(with_baselines(fashion_mnist()), name="baselines")
+    """`fashion-mnist` with more methods, of settings that were tried for six epochs."""
+    base = fashion_mnist()
+    sgd, ivon = base.optimizers["sgd"], base.optimizers["ivon"]
+    assert isinstance(sgd, Sgd)
+    assert isinstance(ivon, Ivon)
+    shared = {"weight_decay": ivon.weight_decay, "temperature": ivon.temperature}
+    more: dict[str, Settings] = {
+        "adahessian": Adahessian(lr=0.4, weight_decay=0.0032),
+        "dropout": Dropout(lr=sgd.lr, weight_decay=sgd.weight_decay, rate=0.02),
+        "bbb": Backprop(lr=4e-3, **shared),
+    }
+    return replace(with_baselines(base, **more), name="baselines")
 
 
 def lenet5() -> Recipe:

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
     return read(path, lambda p: json.loads(p.read_text()))
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, atomically."""
     with replacing(path) as temporary:
         plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}

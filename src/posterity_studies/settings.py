@@ -240,3 +240,42 @@ class LanguageIvon:
             clip_radius=self.clip_radius,
             seed=seed,
         )
+
+
+@dataclass(frozen=True)
+class FinetuneAdamw:
+    """AdamW of what is not frozen; vectors decay too, for few of them are trained."""
+
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        weights = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(weights, self.lr, weight_decay=self.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class FinetuneIvon:
+    """IVON as the paper finetunes: λ itself, steps clipped and not rescaled."""
+
+    lr: float = 0.03
+    ess: float = 1e7
+    hess_init: float = 1e-3
+    memory: float = 200
+    weight_decay: float = 1e-6
+    clip_radius: float = 1e-3
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return IVON(
+            [p for p in model.parameters() if p.requires_grad],
+            self.lr,
+            ess=self.ess,
+            hess_init=self.hess_init,
+            betas=(BETA1, 1 - 1 / self.memory),
+            weight_decay=self.weight_decay,
+            clip_radius=self.clip_radius,
+            rescale_lr=False,
+            seed=seed,
+        )

@@ -1,12 +1,17 @@
 """The finetuning study in small, and what it scores with."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
-from posterity import Posterior, metrics
+from posterity import Posterior, merge, metrics
 from posterity_studies import finetune
+from posterity_studies.recipes import UserError
+from posterity_studies.settings import FinetuneAdamw, FinetuneIvon
 from posterity_studies.studies import finetuning
+from posterity_studies.subjects import WORDS, SmolLM2, Subject
 from posterity_studies.train import silent
 
 
@@ -33,25 +38,92 @@ def rows(n=120):
     return made
 
 
-def logits(model, inputs):
-    return model(**inputs)
+@dataclass(frozen=True, kw_only=True)
+class Words(Subject):
+    """The bag, on words above 9."""
+
+    domains: tuple[str, ...] = ("above",)
+    batch: int = 8
+    epochs: int = 8
+    name = "bag"
+
+    def make(self, seed, domain=""):
+        torch.manual_seed(seed)
+        return Bag()
+
+    def sentences(self, domain, seed):
+        return rows()[:80], rows()[80:100], rows()[100:]
+
+    def logits(self, model, inputs):
+        return model(**inputs)
 
 
-@pytest.mark.parametrize(
-    "settings", [finetune.AdamW(3e-2), finetune.Ivon(1.0, 1e4, hess_init=0.1, clip_radius=1.0)]
-)
-def test_finetuning_learns(settings):
-    torch.manual_seed(0)
-    model = Bag()
-    opt = settings.build(list(model.parameters()), 0)
-    before = finetuning.scored(model, None, rows(), logits, 1)
-    finetune.finetune(model, opt, rows(), batch=8, epochs=8, seed=0, logits=logits)
-    after = finetuning.scored(model, None, rows(), logits, 1)
+BOTH = {
+    "adamw": FinetuneAdamw(3e-2),
+    "ivon": FinetuneIvon(1.0, 1e4, hess_init=0.1, clip_radius=1.0),
+}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_finetuning_learns(name):
+    model = Words().make(0)
+    opt = BOTH[name].build(model, 120, 0, 0)
+    before = finetune.scored(model, None, rows(), Words(), 1)
+    finetune.finetune(model, opt, rows(), Words(), seed=0)
+    after = finetune.scored(model, None, rows(), Words(), 1)
     assert after["accuracy"] > 0.9 > before["accuracy"]
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path):
+    def run(folder, progress=silent):
+        settings = BOTH[name]
+        return finetune.run(Words(), "above", settings, 0, folder, samples=3, progress=progress)
+
+    def killed(items, total, label):
+        if label == "epoch 5":
+            raise KeyboardInterrupt
+        return items
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", killed)
+    again = run(tmp_path / "killed")
+    scores = ("validation", "test")
+    assert {k: again[k] for k in scores} == {k: whole[k] for k in scores}
+    kept = {"adamw": {"model"}, "ivon": {"posterior", "base"}}[name]
+    found = {p.name for p in (tmp_path / "killed").iterdir()}
+    assert found == {"config.json", "result.json", *(f"{k}.safetensors" for k in kept)}
+    for file in kept:
+        one, two = (tmp_path / way / f"{file}.safetensors" for way in ("whole", "killed"))
+        assert one.read_bytes() == two.read_bytes()
+    assert run(tmp_path / "killed") == again
+    with pytest.raises(UserError, match="other settings"):
+        finetune.run(Words(epochs=2), "above", BOTH[name], 0, tmp_path / "killed")
+
+
+def test_what_a_run_keeps_can_be_merged(tmp_path):
+    """Its base is what it started from, with the prior's precision."""
+    settings = BOTH["ivon"]
+    finetune.run(Words(), "above", settings, 0, tmp_path, samples=2)
+    base = Posterior.load(tmp_path / "base.safetensors")
+    for name, p in Words().make(0).named_parameters():
+        assert torch.equal(base.mean[name], p)
+    prior = settings.ess * settings.weight_decay
+    torch.testing.assert_close(base.precision["head.bias"], torch.full((2,), prior))
+    merged = merge([Posterior.load(tmp_path / "posterior.safetensors")], base=base)
+    assert not torch.equal(merged.mean["head.bias"], base.mean["head.bias"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    settings = FinetuneAdamw(float("inf"))
+    with pytest.raises(UserError, match="diverged"):
+        finetune.run(Words(), "above", settings, 0, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_batches_are_of_like_length_and_an_epoch_has_each_row_once():
-    made = list(finetune.batches(rows(100), 8, torch.Generator().manual_seed(0)))
+    made = [finetune.padded(b) for b in finetune.batches(rows(100), 8, seed=0, epoch=0)]
     assert sum(len(y) for _, y in made) == 100
     seen = sorted(int(x["input_ids"][i, 0]) for x, y in made for i in range(len(y)))
     assert seen == sorted(row[0][0] for row in rows(100))
@@ -65,7 +137,7 @@ def test_scores_average_over_samples_whatever_the_order():
     model = Bag()
     mean = dict(model.named_parameters())
     posterior = Posterior(mean, {n: torch.full_like(p, 4.0) for n, p in mean.items()})
-    found = finetuning.scored(model, posterior, rows(), logits, 5)
+    found = finetune.scored(model, posterior, rows(), Words(), 5)
     inputs, targets = finetune.padded(rows())
     probs = 0
     for index in range(5):
@@ -85,11 +157,23 @@ def test_the_study_has_a_row_for_each_way_and_is_not_done_again(tmp_path):
         *("adamw, the mean", "ivon, the mean", "ivon, averaged")
     ]
     assert (tmp_path / "finetuning.png").read_bytes().startswith(b"\x89PNG")
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("scores.json")}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
     assert finetuning.study(tmp_path, [0], "smoke", silent) == found
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("scores.json")}
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
 
 
-def test_as_many_trials_of_each():
-    trials = finetuning.minilm(tiny=False).trials
-    assert len({len(tried) for tried in trials.values()}) == 1
+@pytest.mark.parametrize("scale", ["smoke", "desk", "paper"])
+def test_as_many_trials_of_each(scale):
+    for _, trials in finetuning.subjects(scale):
+        assert len({len(tried) for tried in trials.values()}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_smollm2_answers_with_single_words():
+    pytest.importorskip("gguf")
+    assert SmolLM2()._tokens([" negative", " positive"]) == [[w] for w in WORDS]
+    train, held, test = SmolLM2().sentences("movies", 0)
+    assert (len(train), len(held), len(test)) == (500, 100, 300)
+    ending = SmolLM2()._tokens(["\nSentiment:"])[0][-2:]
+    assert all(tokens[-2:] == ending for tokens, _ in test)

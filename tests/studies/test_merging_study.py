@@ -6,12 +6,12 @@ import torch
 from posterity import Posterior
 from posterity_studies.data import packages
 from posterity_studies.recipes import UserError
+from posterity_studies.settings import FinetuneIvon
 from posterity_studies.studies import merging
+from posterity_studies.subjects import TINY
 
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.network]
-
-SMALL = merging.Size(16, 8, 8, 1)
 
 
 def silent(items, total, label):
@@ -34,7 +34,7 @@ def test_every_method_is_tested_on_every_domain(found, out):
     assert len(set(methods)) == 12
     (run,) = found["runs"]
     for method in methods:
-        assert set(run["test"][method]["accuracy"]) == set(merging.DOMAINS)
+        assert set(run["test"][method]["accuracy"]) == set(TINY.domains)
     trials = {name: len(scores) for name, scores in run["validation"].items()}
     assert {n for n in trials.values() if n > 1} == {5}
     costly = {row["method"] for row in found["rows"] if row["further seconds"]}
@@ -58,15 +58,15 @@ def test_finished_training_is_read_and_other_settings_are_refused(found, out, mo
     (out / "seed0" / "result.json").unlink()
     assert merging.study(out, [0], "smoke", silent)["rows"] == found["rows"]
     assert path.stat().st_mtime_ns == before
-    monkeypatch.setitem(merging.SETTINGS, "lr", 1.0)
+    monkeypatch.setattr(merging, "SETTINGS", FinetuneIvon(lr=1.0))
     with pytest.raises(UserError, match="other settings"):
         merging.study(out, [0], "smoke", silent)
 
 
 def test_domains_start_from_one_head_and_move_all_but_the_word_vectors(found, out):
-    weights = merging.trained(merging.network(0, tiny=True))
+    weights = merging.trained(TINY.make(0))
     assert not any("word_embeddings" in name for name in weights)
-    for domain in merging.DOMAINS:
+    for domain in TINY.domains:
         tuned = Posterior.load(out / "seed0" / f"{domain}.safetensors")
         assert set(tuned.mean) == set(weights)
         gap = (tuned.mean["classifier.weight"] - weights["classifier.weight"]).abs().max()
@@ -74,11 +74,11 @@ def test_domains_start_from_one_head_and_move_all_but_the_word_vectors(found, ou
 
 
 def test_squares_are_sums_over_single_examples(tmp_path):
-    model = merging.network(0, tiny=True)
+    model = TINY.make(0)
     weights = merging.trained(model)
     ones = {name: torch.ones_like(p) for name, p in weights.items()}
     at = Posterior(weights, ones, prior_precision=0.5)
-    rows = merging.sentences("airline", 0, SMALL)[0][:3]
+    rows = TINY.sentences("airline", 0)[0][:3]
     found = merging.squares(tmp_path / "s.safetensors", model, at, rows).hessian()
     name, expected = "classifier.weight", 0.0
     for row in rows:
@@ -92,9 +92,9 @@ def test_splits_share_no_sentence_and_airline_tweets_name_one():
     texts, labels = packages.sentiment("airline")
     assert len(texts) == len(labels) > 10_000
     assert all(packages.AIRLINES.search(text) for text in texts)
-    splits = merging.sentences("airline", 0, SMALL)
+    splits = TINY.sentences("airline", 0)
     assert [len(rows) for rows in splits] == [16, 8, 8]
     tokens = [tuple(row) for rows in splits for row, _ in rows]
     assert len(set(tokens)) == len(tokens)
-    others = {tuple(row) for row, _ in merging.sentences("movies", 0, SMALL)[0]}
+    others = {tuple(row) for row, _ in TINY.sentences("movies", 0)[0]}
     assert not others & set(tokens)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posterity_studies import runs
-from posterity_studies.data import packages, text
+from posterity_studies.data import hub, packages, text
 from posterity_studies.data.cache import DataError
 from posterity_studies.recipes import UserError
 from posterity_studies.train import Progress, silent
@@ -64,14 +64,7 @@ def documents(corpus: str) -> tuple[Iterable[str], int]:
     if corpus.count("/") != 1:
         known = ", ".join(text.TEXTS)
         raise UserError(f"no corpus {corpus!r}: name a file or folder, OWNER/NAME, or {known}")
-    try:
-        import datasets  # pyright: ignore
-    except ImportError:
-        raise DataError(f"{corpus} needs the library datasets: pip install datasets") from None
-    try:
-        rows = datasets.load_dataset(corpus, split="train", streaming=True)
-    except Exception as error:
-        raise DataError(f"{corpus} cannot be had: {' '.join(str(error).split())}") from None
+    rows = hub.load(corpus, split="train", streaming=True)
     return (row["text"] for row in rows), 0
 
 

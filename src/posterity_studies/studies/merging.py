@@ -3,7 +3,8 @@
 MiniLM is finetuned with IVON on five domains of sentiment, each alone, and on all together; its
 table of word vectors stays as it is. The five models are merged by every method; what a method can
 choose is chosen by accuracy on held-out sentences, five trials each. The squared gradients are
-those of single examples, in a further pass over all the training data.
+those of single examples, in a further pass over all the training data. At the paper's scale it is
+RoBERTa, in full, on reviews.
 """
 
 from __future__ import annotations
@@ -22,60 +23,59 @@ from torch.nn.functional import cross_entropy
 
 from posterity import IVON, Mixture, Posterior, predict
 from posterity.merging import merge
-from posterity_studies import runs
+from posterity_studies import ranks, runs
 from posterity_studies.data import packages
-from posterity_studies.finetune import Row, Rows, finetune, padded
+from posterity_studies.finetune import base_posterior, finetune, padded
 from posterity_studies.recipes import UserError
+from posterity_studies.settings import FinetuneIvon
 from posterity_studies.studies.pictures import label, picture
+from posterity_studies.subjects import TINY, MiniLM, Pretrained, Rows, Splits, Subject
 from posterity_studies.train import Progress
 
-DOMAINS = (*packages.DOMAINS, "airline")
-BATCH = 16
+SUBJECTS: dict[str, Subject] = {
+    "smoke": TINY,
+    "desk": MiniLM(),
+    "paper": Pretrained(
+        model="FacebookAI/roberta-base",
+        domains=("imdb", "yelp", "rotten-tomatoes", "sst2", "amazon"),
+        train=25_000,
+    ),
+}
 # λ is above the number of sentences: at λ = n the noise is only small enough to learn with h0 ≥ 10,
 # from which h does not move in a hundred steps.
-SETTINGS: dict[str, Any] = {"lr": 0.03, "ess": 1e7, "hess_init": 1e-3, "betas": (0.9, 0.995)}
-SETTINGS |= {"weight_decay": 1e-6, "clip_radius": 1e-3, "rescale_lr": False}
-PRIOR = SETTINGS["ess"] * SETTINGS["weight_decay"]
+SETTINGS = FinetuneIvon(lr=0.03, ess=1e7, memory=200)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the sum of task vectors
 FLOORS = (0.03, 0.1, 0.3, 1.0, 3.0)  # δ0, in mean Hessians: between averaging and their sum
 
 Score = dict[str, dict[str, float]]  # metric → domain → value
 
 
-@dataclass(frozen=True)
-class Size:
-    """How many sentences of each domain, and how often they are trained on."""
-
-    train: int = 1500
-    validation: int = 300
-    test: int = 1000
-    epochs: int = 2
-
-
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
     """Accuracy of every method on every domain."""
-    size = Size() if scale == "desk" else Size(16, 8, 8, 1)
+    subject = SUBJECTS[scale]
     for seed in seeds:  # all of the training first: it takes the longest
-        prepared(out / f"seed{seed}", seed, size, scale == "smoke", progress)
-    found = [merged(out / f"seed{seed}", seed, size, scale == "smoke", progress) for seed in seeds]
+        prepared(out / f"seed{seed}", seed, subject, progress)
+    found = [merged(out / f"seed{seed}", seed, subject, progress) for seed in seeds]
     rows = []
     for method in found[0]["test"]:
         tests = [f["test"][method] for f in found]
-        each = torch.tensor([[t["accuracy"][d] for d in DOMAINS] for t in tests])
+        each = torch.tensor([[t["accuracy"][d] for d in subject.domains] for t in tests])
         shown = torch.cat([each, each.mean(1, keepdim=True)], 1)
+        nll = sum(sum(t["nll"].values()) for t in tests) / len(tests) / len(subject.domains)
         rows.append(
             {
                 "method": method,
-                **dict(zip((*DOMAINS, "average"), map(_spread, shown.T), strict=True)),
-                "NLL": sum(sum(t["nll"].values()) for t in tests) / len(tests) / len(DOMAINS),
+                **dict(zip((*subject.domains, "average"), map(_spread, shown.T), strict=True)),
+                "NLL": nll,
                 "chosen": " ".join(f["chosen"].get(method, "") for f in found),
                 "further seconds": sum(f["further"].get(method, 0.0) for f in found) / len(found),
             }
         )
     draw(out / "merging.png", found)
     read = " ".join(packages.PACKAGES[name].sha256 for name in ("minilm", "sentiment", "airline"))
-    settings = {**SETTINGS, **asdict(size), "batch": BATCH}
-    return {"rows": rows, "data": read, "settings": settings, "runs": found}
+    told = " ".join(subject.domains) if scale == "paper" else read
+    settings = {**asdict(SETTINGS), **asdict(subject)}
+    return {"rows": rows, "data": told, "settings": settings, "runs": found}
 
 
 def _spread(values: Tensor) -> str:
@@ -90,49 +90,45 @@ class Prepared:
 
     base: nn.Module
     start: Posterior  # the base's weights
-    splits: Mapping[str, tuple[Rows, Rows, Rows]]
+    splits: Mapping[str, Splits]
     tuned: dict[str, Posterior]
     squared: dict[str, Posterior]
     multitask: Posterior
 
 
-def prepared(folder: Path, seed: int, size: Size, tiny: bool, progress: Progress) -> Prepared:
+def prepared(folder: Path, seed: int, subject: Subject, progress: Progress) -> Prepared:
     """Finetune on each domain and on all, and square gradients; what is done is read."""
-    base = network(seed, tiny)
-    weights = trained(base)
-    start = Posterior(
-        weights,
-        {name: torch.full_like(p, PRIOR) for name, p in weights.items()},
-        prior_precision=PRIOR,
-    )
-    splits = {domain: sentences(domain, seed, size) for domain in DOMAINS}
-    together = [row for domain in DOMAINS for row in splits[domain][0]]
-    sets = {**{domain: splits[domain][0] for domain in DOMAINS}, "multitask": together}
+    domains = subject.domains
+    base = subject.make(seed, domains[0]).to(ranks.device())
+    start = base_posterior(trained(base), SETTINGS)
+    splits = {domain: subject.sentences(domain, seed) for domain in domains}
+    together = [row for domain in domains for row in splits[domain][0]]
+    sets = {**{domain: splits[domain][0] for domain in domains}, "multitask": together}
     tuned, squared = {}, {}
     for name in progress(sets, len(sets), f"finetuning, seed {seed}"):
         path = folder / f"{name}.safetensors"
-        tuned[name] = finetuned(path, base, start, sets[name], size, seed)
-    for domain in progress(DOMAINS, len(DOMAINS), f"squared gradients, seed {seed}"):
+        tuned[name] = finetuned(path, base, start, sets[name], subject, seed)
+    for domain in progress(domains, len(domains), f"squared gradients, seed {seed}"):
         path = folder / f"{domain}-squares.safetensors"
         squared[domain] = squares(path, base, tuned[domain], sets[domain])
     return Prepared(base, start, splits, tuned, squared, tuned.pop("multitask"))
 
 
-def merged(folder: Path, seed: int, size: Size, tiny: bool, progress: Progress) -> dict[str, Any]:
+def merged(folder: Path, seed: int, subject: Subject, progress: Progress) -> dict[str, Any]:
     """Merge by every method, and test."""
     done = folder / "result.json"
     if done.exists():
         return runs.read_json(done)
-    ready = prepared(folder, seed, size, tiny, progress)
-    base, start = ready.base, ready.start
-    held, test = ({d: ready.splits[d][k] for d in DOMAINS} for k in (1, 2))
+    ready = prepared(folder, seed, subject, progress)
+    domains, base, start = subject.domains, ready.base, ready.start
+    held, test = ({d: ready.splits[d][k] for d in domains} for k in (1, 2))
     models, fishers = list(ready.tuned.values()), list(ready.squared.values())
     vectors = {
         "task arithmetic": {"method": "task_arithmetic"},
         "TIES": {"method": "ties", "density": 0.5},
         "DARE": {"method": "dare_linear", "density": 0.5},
     }
-    reach = {"TIES": len(DOMAINS)}  # an average of the vectors, not their sum
+    reach = {"TIES": len(domains)}  # an average of the vectors, not their sum
     trials: dict[str, dict[str, Callable[[], Posterior]]] = {
         "Hessian of IVON": matched(models, start),
         "squared gradients": matched(fishers, start),
@@ -163,9 +159,9 @@ def merged(folder: Path, seed: int, size: Size, tiny: bool, progress: Progress) 
         found["test"][method] = evaluated(base, best[1], test)
     found["test"]["multitask"] = evaluated(base, ready.multitask, test)
     found["test"]["mixture of the five"] = evaluated(base, Mixture(models), test)
-    each = {d: evaluated(base, ready.tuned[d], {d: test[d]}) for d in DOMAINS}
+    each = {d: evaluated(base, ready.tuned[d], {d: test[d]}) for d in domains}
     found["test"]["each domain's own"] = {
-        key: {d: each[d][key][d] for d in DOMAINS} for key in ("accuracy", "nll")
+        key: {d: each[d][key][d] for d in domains} for key in ("accuracy", "nll")
     }
     runs.write_json(done, found)
     return found
@@ -195,25 +191,7 @@ def matched(models: Sequence[Posterior], start: Posterior) -> dict[str, Callable
 def prior(start: Posterior) -> Posterior:
     """What the finetuned posteriors share: the weights' prior, around 0."""
     zero = {name: torch.zeros_like(m) for name, m in start.mean.items()}
-    return Posterior(zero, start.precision, prior_precision=PRIOR)
-
-
-def network(seed: int, tiny: bool = False) -> nn.Module:
-    """MiniLM with a new head and frozen word vectors; for smoke a tiny BERT of its vocabulary."""
-    transformers = packages.transformers()
-    torch.manual_seed(seed)
-    quiet = {"num_labels": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    kind = transformers.AutoModelForSequenceClassification
-    if tiny:
-        small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        small |= {"num_hidden_layers": 1}
-        config = transformers.AutoConfig.from_pretrained(packages.folder("minilm"), **small)
-        config.update(quiet)
-        model = kind.from_config(config)
-    else:
-        model = kind.from_pretrained(packages.folder("minilm"), **quiet)
-    model.get_input_embeddings().requires_grad_(False)
-    return model
+    return Posterior(zero, start.precision, prior_precision=start.prior_precision)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -221,29 +199,16 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def sentences(domain: str, seed: int, size: Size) -> tuple[list[Row], list[Row], list[Row]]:
-    """Sentences to train on, to choose by and to test with."""
-    tokenizer = packages.transformers().AutoTokenizer.from_pretrained(packages.folder("minilm"))
-    known = dict(zip(*packages.sentiment(domain), strict=True))  # a sentence counts once
-    texts, labels = list(known), list(known.values())
-    wanted = size.train + size.validation + size.test
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:wanted]
-    tokens = tokenizer([texts[i] for i in order], truncation=True, max_length=64)["input_ids"]
-    rows = list(zip(tokens, (labels[i] for i in order), strict=True))
-    first, second = size.train, size.train + size.validation
-    return rows[:first], rows[first:second], rows[second:]
-
-
 def finetuned(
-    path: Path, model: nn.Module, start: Posterior, rows: Rows, size: Size, seed: int
+    path: Path, model: nn.Module, start: Posterior, rows: Rows, subject: Subject, seed: int
 ) -> Posterior:
     """The posterior after finetuning from the base; a file where it was done before.
 
     Raises:
         UserError: the file is of other settings.
     """
-    made = json.loads(json.dumps({**SETTINGS, "seed": seed, "n": len(rows), "batch": BATCH}))
-    made["epochs"] = size.epochs
+    made = {**asdict(SETTINGS), **asdict(subject), "seed": seed, "n": len(rows)}
+    made = json.loads(json.dumps(made))
     if path.exists():
         found = Posterior.load(path)
         if {key: found.settings.get(key) for key in made} != made:
@@ -253,9 +218,10 @@ def finetuned(
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(start.mean[name])
-    opt = IVON(weights.values(), **SETTINGS, seed=seed)
+    opt = SETTINGS.build(model, len(rows), 0, seed)
+    assert isinstance(opt, IVON)
     clock = time.perf_counter()
-    finetune(model, opt, rows, batch=BATCH, epochs=size.epochs, seed=seed)
+    finetune(model, opt, rows, subject, seed)
     posterior = opt.posterior(weights.items())
     posterior.settings |= {**made, "seconds": time.perf_counter() - clock}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,11 +261,11 @@ def evaluated(model: nn.Module, posterior: Posterior | Mixture, data: Mapping[st
     for domain, rows in data.items():
         ordered = sorted(rows, key=lambda row: len(row[0]))
         groups = [padded(ordered[i : i + 100]) for i in range(0, len(ordered), 100)]
-        targets = torch.cat([y for _, y in groups])
+        targets = torch.cat([y.cpu() for _, y in groups])
         probs = torch.zeros(len(targets), 2)
         for part in parts:
             with part.at_mean(model):
-                each = [predict(model, None, [x]).probs for x, _ in groups]
+                each = [predict(model, None, [x]).probs.cpu() for x, _ in groups]
             probs += torch.cat(each) / len(parts)
         found["accuracy"][domain] = (probs.argmax(1) == targets).double().mean().item()
         found["nll"][domain] = -probs.gather(1, targets[:, None]).log().double().mean().item()
@@ -309,14 +275,15 @@ def evaluated(model: nn.Module, posterior: Posterior | Mixture, data: Mapping[st
 def draw(path: Path, found: Sequence[dict[str, Any]]) -> None:
     """A line of dots for each method, a colour for each domain."""
     methods = list(found[0]["test"])[::-1]
+    domains = list(found[0]["test"][methods[0]]["accuracy"])
     each = {
-        m: [sum(f["test"][m]["accuracy"][d] for f in found) / len(found) for d in DOMAINS]
+        m: [sum(f["test"][m]["accuracy"][d] for f in found) / len(found) for d in domains]
         for m in methods
     }
     with picture(path, 1, (7.5, 4.6)) as (panel,):
-        for k, domain in enumerate(DOMAINS):
+        for k, domain in enumerate(domains):
             panel.plot([100 * each[m][k] for m in methods], methods, "os^Dv"[k], label=domain)
-        averages = [100 * sum(each[m]) / len(DOMAINS) for m in methods]
+        averages = [100 * sum(each[m]) / len(domains) for m in methods]
         panel.plot(averages, methods, "|", color="black", ms=16, mew=2, label="average")
         panel.axhline(2.5, color="#8a8a8a", lw=0.8)  # below it: what merging is held against
         label(panel, "One model out of five", "accuracy on the domain's test sentences, %", "")

@@ -1,0 +1,208 @@
+"""Sentences and models of the hub: small ones of the same form, in folders, and the first steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from posterity import Posterior, merge
+from posterity_studies import finetune, runs
+from posterity_studies.data import hub
+from posterity_studies.data.cache import DataError
+from posterity_studies.subjects import Pretrained
+
+datasets = pytest.importorskip("datasets")
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"train": 40, "validation": 12, "test": 6}
+GLUE = {name: what for name, what in hub.SENTENCES.items() if what.source == "nyu-mll/glue"}
+REVIEWS = {name: what for name, what in hub.SENTENCES.items() if name not in GLUE}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "bad", "good", "film", "book", "very", "not", "a"]
+
+
+def rows(n, columns, classes=2, labelled=True):
+    generator = torch.Generator().manual_seed(n)
+    for k in range(n):
+        label = k % classes
+        words = [WORDS[i] for i in torch.randint(6, 11, (3,), generator=generator).tolist()]
+        texts = " ".join([*words, ("bad", "good", "film")[label]])
+        yield {**dict.fromkeys(columns, texts), "label": label if labelled else -1, "idx": k}
+
+
+def write(folder, configs):
+    """A data set as it lies on the hub: files of Parquet, and a card that names them."""
+    lines = ["---", "configs:"]
+    for config, splits in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, made in splits.items():
+            path = folder / config / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_list(list(made)).to_parquet(path)
+            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+@pytest.fixture(scope="module")
+def hubs(tmp_path_factory):
+    """GLUE, reviews, and a tiny RoBERTa: folders of the hub's form."""
+    home = tmp_path_factory.mktemp("hub")
+    datasets.disable_progress_bars()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
+    patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    configs = {}
+    for name, what in GLUE.items():
+        held = {what.test, "test_matched" if name == "mnli" else "test"}
+        classes = 3 if name == "mnli" else 2
+        configs[name] = {
+            split: rows(SIZES.get(split, 12), what.columns, classes, not split.startswith("test"))
+            for split in ("train", *sorted(held))
+        }
+    write(home / "glue", configs)
+    for name, what in REVIEWS.items():
+        splits = {split: rows(SIZES[split], what.columns) for split in ("train", "test")}
+        write(home / name, {"default": splits})
+    for name, what in hub.SENTENCES.items():
+        place = home / "glue" if name in GLUE else home / name
+        patch.setitem(hub.SENTENCES, name, hub.Sentences(**{**vars(what), "source": str(place)}))
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    fast.save_pretrained(home / "roberta")
+    config = transformers.RobertaConfig(
+        **{"vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 64},
+        **{"pad_token_id": 0, "type_vocab_size": 1},
+    )
+    transformers.RobertaForMaskedLM(config).save_pretrained(home / "roberta")
+    yield home
+    patch.undo()
+
+
+@pytest.mark.parametrize("name", hub.SENTENCES)
+def test_sentences_are_read_with_their_classes(hubs, name):
+    subject = Pretrained(model=str(hubs / "roberta"), domains=(name,), validation=0.25)
+    train, held, test = subject.sentences(name, 0)
+    what = hub.SENTENCES[name]
+    assert (len(train), len(held), len(test)) == (30, 10, SIZES.get(what.test, 12))
+    words = {"bad": 0, "good": 1, "film": 2}
+    for tokens, label in (*train, *held, *test):
+        seps = [i for i, t in enumerate(tokens) if WORDS[t] == "[SEP]"]
+        assert len(seps) == len(what.columns)
+        assert all(words[WORDS[tokens[i - 1]]] == label for i in seps)
+    assert subject.make(0, name).config.num_labels == (3 if name == "mnli" else 2)
+    assert subject.sentences(name, 0) == (train, held, test)
+    assert subject.sentences(name, 1)[0] != train
+    assert (
+        len(Pretrained(model=subject.model, domains=(name,), train=20).sentences(name, 0)[0]) == 18
+    )
+
+
+def test_what_lacks_something_is_refused(hubs, tmp_path):
+    with pytest.raises(DataError, match=r"no sentences 'sst'.*sst2"):
+        hub.sentences("sst")
+    with pytest.raises(DataError, match="cannot be had"):
+        hub.sentences(str(tmp_path / "nothing"))
+    write(tmp_path / "one", {"default": {"train": rows(4, ["text"])}})
+    with pytest.raises(DataError, match="no split 'test', but train"):
+        hub.sentences(str(tmp_path / "one"))
+    write(tmp_path / "two", {"default": {s: rows(4, ["body"]) for s in ("train", "test")}})
+    with pytest.raises(DataError, match="no column 'text', but body"):
+        hub.sentences(str(tmp_path / "two"))
+    unlabelled = {s: rows(4, ["text"], labelled=s == "train") for s in ("train", "test")}
+    write(tmp_path / "three", {"default": unlabelled})
+    with pytest.raises(DataError, match="no labels in its split 'test'"):
+        hub.sentences(str(tmp_path / "three"))
+    with pytest.raises(DataError, match=r"nothing.* cannot be had"):
+        Pretrained(model=str(tmp_path / "nothing"), domains=("sst2",)).make(0, "sst2")
+
+
+@pytest.mark.parametrize("optimizer", finetune.OPTIMIZERS)
+def test_the_command_takes_its_first_steps(hubs, tmp_path, call, optimizer):
+    out = tmp_path / "run"
+    settings = ["--set", "lr=0.01", "--epochs", "2", "--samples", "2", "--out", out]
+    command = ["finetune", hubs / "roberta", "rte", "--optimizer", optimizer, *settings]
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+    assert "averaged" in done.stdout or optimizer == "adamw"
+    result = runs.read_json(out / "result.json")
+    assert result["settings"]["lr"] == 0.01
+    assert 0 <= result["test"]["the mean"]["accuracy"] <= 1
+    again = call(*command)
+    assert again.returncode == 0
+    assert runs.read_json(out / "result.json") == result
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["nothing/here", "rte"], "cannot be had"),
+        (["ROBERTA", "sst"], "no sentences 'sst'"),
+        (["ROBERTA", "rte", "--optimizer", "sgd"], "no optimizer 'sgd'"),
+        (["ROBERTA", "rte", "--set", "lr=x"], "expected lr=NUMBER"),
+        (["ROBERTA", "rte", "--epochs", "0"], "at least 1"),
+    ],
+)
+def test_wrong_input_is_one_line(hubs, tmp_path, call, given, told):
+    given = [str(hubs / "roberta") if word == "ROBERTA" else word for word in given]
+    done = call("finetune", *given, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_finetuned_on_two_domains_and_merged(hubs, tmp_path):
+    """As the paper merges RoBERTa."""
+    posteriors = []
+    for name in ("imdb", "yelp"):
+        subject = Pretrained(model=str(hubs / "roberta"), domains=(name,), epochs=1)
+        settings = finetune.OPTIMIZERS["ivon"]
+        finetune.run(subject, name, settings, 0, tmp_path / name, samples=1)
+        posteriors.append(Posterior.load(tmp_path / name / "posterior.safetensors"))
+    bases = [(tmp_path / name / "base.safetensors").read_bytes() for name in ("imdb", "yelp")]
+    assert bases[0] == bases[1]
+    merged = merge(posteriors, base=Posterior.load(tmp_path / "imdb/base.safetensors"))
+    assert merged.ess == pytest.approx(2 * settings.ess)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process(tmp_path):
+    """Batches of 3 on two ranks, the last one of a single sentence: the second has none."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_finetuning as small
+from posterity_studies import finetune, ranks
+from posterity_studies.settings import FinetuneIvon
+subject = small.Words(batch=3, epochs=2)
+rows = small.rows()[:79]
+with ranks.joined():
+    model = subject.make(0)
+    opt = FinetuneIvon(1.0, 1e4, hess_init=0.1, clip_radius=1.0).build(model, 79, 0, 0)
+    finetune.finetune(model, opt, rows, subject, seed=0)
+    if ranks.first():
+        opt.posterior(model).save(Path(sys.argv[1]))
+"""
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for ranks in (1, 2):
+        command = [*torchrun, f"--nproc-per-node={ranks}", script, tmp_path / f"{ranks}"]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (Posterior.load(tmp_path / f"{ranks}") for ranks in (1, 2))
+    for name, mean in one.mean.items():
+        torch.testing.assert_close(two.mean[name], mean, atol=1e-5, rtol=1e-4)
+    assert json.dumps(one.settings) == json.dumps(two.settings)
