@@ -114,7 +114,7 @@ class Evaluate:
     def __call__(self) -> None:
         result, model, posterior = runs.load_sampled(self.run, self.samples)
         chosen = runs.recipe_of(result)
-        task = tasks.load_task(chosen)
+        task = tasks.load(chosen)
         found = train.evaluate(model, posterior, task.test, task.ood, self.samples, bar)
         drawn = Table(
             title=f"{self.run}: " + (f"{self.samples} samples" if posterior else "at the mean"),

@@ -57,7 +57,7 @@ class Recipe:
 
     name: str
     data: str
-    ood: str
+    ood: str  # empty: none
     network: str
     epochs: int
     optimizers: dict[str, Settings]
@@ -213,6 +213,20 @@ def published(data: str, network: str, ood: str) -> Recipe:
     )
 
 
+def imagenet() -> Recipe:
+    """The paper's settings for ResNet-50 with filter-response norm; its warm-up is not told."""
+    return replace(
+        published("imagenet", "resnet50-frn", ood=""),
+        name="imagenet-resnet50",
+        batch_size=1024,
+        optimizers={
+            "adamw": Adamw(lr=1e-3, weight_decay=0.1),
+            "sgd": Sgd(lr=0.5, weight_decay=5e-5),
+            "ivon": Ivon(lr=2.5, hess_init=0.05, weight_decay=5e-5, memory=2e5),
+        },
+    )
+
+
 def published_baselines() -> Recipe:
     """The paper's comparison: ResNet-20 with filter-response norm on CIFAR-10.
 
@@ -253,6 +267,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "cifar10": cifar10,
     "smoke": smoke,
     "published-baselines": published_baselines,
+    "imagenet-resnet50": imagenet,
     **PUBLISHED,
 }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from posterity_studies import data, ranks
+from posterity_studies.data import imagenet
 from posterity_studies.recipes import Recipe, UserError
 
 
@@ -23,6 +27,58 @@ class Task:
     class_names: tuple[str, ...]
     digest: str
     wrong: Tensor | None = None  # which training labels were made wrong
+
+    def feed(
+        self, order: Sequence[Tensor], augment: bool, seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches: this rank's part of each, where it computes."""
+        return (picked(*self.train, augment, batch) for batch in order)
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """A recipe's pictures where they are too large for memory: as :class:`Task`, but decoded."""
+
+    train: tuple[imagenet.Pictures, Tensor]
+    test: tuple[imagenet.Pictures, Tensor]
+    class_names: tuple[str, ...]
+    digest: str
+    ood: None = None
+
+    def feed(
+        self, order: Sequence[Tensor], augment: bool, seed: int, epoch: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """An epoch's batches: this rank's part of each, where it computes."""
+        pictures, targets = self.train
+        cut = replace(pictures, epoch=1_000_003 * seed + epoch if augment else None)
+        mine = [ranks.part(batch) for batch in order]
+        loader = DataLoader(
+            cut,
+            batch_sampler=[batch.tolist() for batch in mine],
+            num_workers=WORKERS,
+            pin_memory=torch.cuda.is_available(),
+        )
+        where = ranks.device()
+        for batch, inputs in zip(mine, loader, strict=True):
+            yield inputs.to(where, non_blocking=True), targets[batch].to(where)
+
+
+WORKERS = min(os.cpu_count() or 1, 8)  # processes that decode pictures
+
+
+def load(recipe: Recipe) -> Task | Streamed:
+    """A recipe's data, to train on and to evaluate with.
+
+    Raises:
+        UserError: as :func:`load_task`, or what is asked needs the whole in memory.
+    """
+    if recipe.data != "imagenet":
+        return load_task(recipe)
+    if recipe.validation or recipe.label_noise or recipe.train_limit:
+        raise UserError("imagenet is trained on whole: no validation, label noise or limit")
+    train, test = imagenet.load(imagenet.SOURCE)
+    names = data.LISTINGS["imagenet"].class_names
+    return Streamed(train, test, names, f"{imagenet.SOURCE}, {len(train[0])} pictures")
 
 
 def load_task(recipe: Recipe) -> Task:

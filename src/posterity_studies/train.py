@@ -6,22 +6,23 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from posterity import metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
+from posterity_studies.data.imagenet import Pictures
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError
-from posterity_studies.tasks import Task, batches, load_task, picked
+from posterity_studies.tasks import WORKERS, Streamed, Task, batches, load
 
 EVAL_BATCH = 250  # small enough for a CPU's cache
 
@@ -85,7 +86,7 @@ def train(
     if result is not None:
         return result
     config = configuration(recipe, optimizer, seed)
-    task = load_task(recipe)
+    task = load(recipe)
     ranks.together()  # before the first one writes what the others have looked for
     torch.manual_seed(seed)
     model = NETWORKS[recipe.network](len(task.class_names)).to(ranks.device())
@@ -102,8 +103,8 @@ def train(
     for epoch in range(done, recipe.epochs):
         order = batches(n, recipe.batch_size, seed, epoch)
         bar = progress(range(len(order)), len(order), f"{optimizer} epoch {epoch + 1}")
-        pick = partial(picked, *task.train, recipe.augment)
-        seconds.append(_epoch(replica, opt, schedule, pick, order, seed, epoch, bar, log, watch))
+        feed = task.feed(order, recipe.augment, seed, epoch)
+        seconds.append(_epoch(replica, opt, schedule, feed, order, seed, epoch, bar, log, watch))
         if not ranks.first():
             continue
         at_mean = evaluate(model, None, task.test)
@@ -141,7 +142,7 @@ def _epoch(
     model: nn.Module,
     opt: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    pick: Callable[[Tensor], tuple[Tensor, Tensor]],
+    feed: Iterator[tuple[Tensor, Tensor]],
     order: tuple[Tensor, ...],
     seed: int,
     epoch: int,
@@ -156,8 +157,7 @@ def _epoch(
     torch.manual_seed(1_000_003 * seed + epoch)  # a resumed run repeats what is random
     losses, rates = [], []
     start = time.perf_counter()
-    for i in bar:
-        inputs, targets = pick(order[i])
+    for i, (inputs, targets) in zip(bar, feed, strict=False):  # the bar ends first
         share = ranks.world() / len(order[i])  # ranks are averaged: this makes it the batch's mean
         found = []
         for _ in range(opt.param_groups[0].get("mc_samples", 1)):
@@ -230,7 +230,7 @@ def _resume(
 
 def _finish(
     recipe: Recipe,
-    task: Task,
+    task: Task | Streamed,
     model: nn.Module,
     opt: torch.optim.Optimizer,
     folder: Path,
@@ -262,7 +262,7 @@ def _finish(
 def evaluate(
     model: nn.Module,
     posterior: Samples | None,
-    test: tuple[Tensor, Tensor],
+    test: tuple[Tensor | Pictures, Tensor],
     ood: Tensor | None = None,
     samples: int = 64,
     progress: Progress = silent,
@@ -271,11 +271,15 @@ def evaluate(
 
     Args:
         model: the network; with ``posterior=None`` its weights as they stand are used.
-        test: normalised inputs and targets.
+        test: normalised inputs, or pictures that are decoded in batches, and targets.
         ood: inputs of another data set; the score is the largest class probability.
         samples: of the posterior.
     """
-    together = test[0] if ood is None else torch.cat([test[0], ood])
+    together, targets = test
+    if isinstance(together, Pictures):
+        together = DataLoader(together, EVAL_BATCH, num_workers=WORKERS)
+    elif ood is not None:
+        together = torch.cat([together, ood])
     count = samples if posterior else 1
     prediction = predict(
         model,
@@ -286,7 +290,7 @@ def evaluate(
         distributed=count >= ranks.world(),
         progress=lambda items: progress(items, -(-count // ranks.world()), "posterior samples"),
     )
-    n, targets, found_probs = len(test[1]), test[1], prediction.probs.cpu()
+    n, found_probs = len(targets), prediction.probs.cpu()
     probs = found_probs[:n]
     if not found_probs.isfinite().all():
         raise UserError("the training diverged: the model's outputs are not finite. Lower the lr")

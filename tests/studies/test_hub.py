@@ -1,21 +1,27 @@
-"""Sentences and models of the hub: small ones of the same form, in folders, and the first steps."""
+"""What the hub has: small sentences, models and pictures of the same form, and first steps."""
 
+import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 
 from posterity import Posterior, merge
-from posterity_studies import finetune, runs
-from posterity_studies.data import hub
+from posterity_studies import finetune, recipes, runs, train
+from posterity_studies.data import hub, imagenet
 from posterity_studies.data.cache import DataError
+from posterity_studies.recipes import UserError
 from posterity_studies.subjects import Pretrained
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 SIZES = {"train": 40, "validation": 12, "test": 6}
 GLUE = {name: what for name, what in hub.SENTENCES.items() if what.source == "nyu-mll/glue"}
@@ -174,7 +180,6 @@ def test_finetuned_on_two_domains_and_merged(hubs, tmp_path):
     assert merged.ess == pytest.approx(2 * settings.ess)
 
 
-@pytest.mark.slow
 def test_two_ranks_are_one_process(tmp_path):
     """Batches of 3 on two ranks, the last one of a single sentence: the second has none."""
     script = tmp_path / "run.py"
@@ -206,3 +211,79 @@ with ranks.joined():
     for name, mean in one.mean.items():
         torch.testing.assert_close(two.mean[name], mean, atol=1e-5, rtol=1e-4)
     assert json.dumps(one.settings) == json.dumps(two.settings)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """ImageNet's form: two splits with a picture and a class each row, grey ones among them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    generator = numpy.random.default_rng(0)
+    form = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    splits = {}
+    for split, n in (("train", 6), ("validation", 3)):
+        made = []
+        for k in range(n):
+            shape = (40 + 10 * k, 90) if k % 2 else (64, 50, 3)
+            pixels = generator.integers(0, 256, shape).astype(numpy.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            made.append({"image": {"bytes": buffer.getvalue(), "path": None}, "label": 100 * k})
+        splits[split] = datasets.Dataset.from_list(made, features=form)
+    write(tmp_path / "imagenet", {"default": splits})
+    monkeypatch.setattr(imagenet, "SOURCE", str(tmp_path / "imagenet"))
+    return imagenet.load(imagenet.SOURCE)
+
+
+def test_pictures_are_the_middle_or_parts_that_repeat(pictures):
+    (train, targets), (test, _) = pictures
+    assert (len(train), len(test), targets.tolist()) == (6, 3, [0, 100, 200, 300, 400, 500])
+    whole = train.rows[0]["image"]
+    assert whole.size == (50, 64)
+    side = 50 * 224 / 256
+    box = (25 - side / 2, 32 - side / 2, 25 + side / 2, 32 + side / 2)
+    expected = whole.resize((224, 224), Image.Resampling.BILINEAR, box=box)
+    mean, std = (torch.tensor(m).view(-1, 1, 1) for m in (imagenet.MEAN, imagenet.STD))
+    pixels = ((train[0] * std + mean) * 255).round().permute(1, 2, 0)
+    assert torch.equal(pixels, torch.from_numpy(numpy.array(expected)).float())
+    cuts = [replace(train, epoch=epoch) for epoch in (0, 0, 1)]
+    assert torch.equal(cuts[0][3], cuts[1][3])
+    assert not torch.equal(cuts[0][3], cuts[2][3])
+    assert cuts[0][3].shape == (3, 224, 224)
+
+
+def test_parts_have_the_published_areas_and_shapes():
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([imagenet.part(200, 200, generator) for _ in range(4000)])
+    wide, high = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert boxes.min() >= 0
+    assert boxes[:, 2].max() <= 200.001
+    assert boxes[:, 3].max() <= 200.001
+    share, ratio = wide * high / 40_000, wide / high
+    assert 0.0799 < share.min() < 0.09
+    assert share.max() > 0.9
+    assert (ratio >= 0.7499).all()
+    assert (ratio <= 1.3334).all()
+    assert abs(ratio.log().mean()) < 0.02
+    whole = imagenet.part(1000, 10, generator)  # no part fits: the middle
+    assert whole == imagenet.middle(1000, 10)
+
+
+def test_imagenet_takes_its_first_steps_and_a_killed_run_goes_on(pictures, tmp_path):
+    recipe = replace(recipes.recipe("imagenet-resnet50"), epochs=2, batch_size=4, samples=2)
+    assert recipe.settings("ivon").lr == 2.5
+
+    def killed(items, total, label):
+        if label == "ivon epoch 2":
+            raise KeyboardInterrupt
+        return items
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe, "ivon", 0, tmp_path / "run", killed)
+    found = train.train(recipe, "ivon", 0, tmp_path / "run")
+    assert found == train.train(recipe, "ivon", 0, tmp_path / "run")
+    whole = train.train(recipe, "ivon", 0, tmp_path / "whole")
+    assert found["curve"] == whole["curve"]
+    for way in ("mean", "samples"):
+        assert set(found["evaluations"][way]) == {"accuracy", "nll", "ece", "brier"}
+    with pytest.raises(UserError, match="trained on whole"):
+        train.train(replace(recipe, validation=2), "ivon", 0, tmp_path / "held")

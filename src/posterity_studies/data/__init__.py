@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from posterity_studies.data import cache, colour, idx, published, sources
+from posterity_studies.data import cache, colour, idx, imagenet, published, sources
 from posterity_studies.data.cache import Arrays, DataError
 from posterity_studies.data.picture import read_image
 
@@ -148,6 +148,8 @@ def load(name: str) -> DataSet:
     if name not in LISTINGS:
         raise ValueError(f"no data set {name!r}; there are {', '.join(LISTINGS)}")
     listing = LISTINGS[name]
+    if not listing.sources:
+        raise DataError(f"{name} is not kept in memory: only train and evaluate take it")
     arrays, source = cache.read(name, listing.digest) or fetch(listing)
     train, test = (
         Split(*(torch.from_numpy(arrays[f"{split}.{part}"]) for part in ("inputs", "targets")))
@@ -393,10 +395,20 @@ _DERMAMNIST = Listing(
     ),
 )
 
+_IMAGENET = Listing(  # its pictures are read by `imagenet.load`
+    name="imagenet",
+    class_names=tuple(map(str, range(imagenet.CLASSES))),
+    mean=imagenet.MEAN,
+    std=imagenet.STD,
+    licence="for non-commercial research and education",
+    digest=None,
+    sources=(),
+)
+
 LISTINGS = {
     listing.name: listing
     for listing in (
         *(_FASHION_MNIST, _MNIST, _CIFAR10, _EMOJI),
-        *(_CIFAR100, _SVHN, _FLOWERS, _TINY_IMAGENET, _DERMAMNIST),
+        *(_CIFAR100, _SVHN, _FLOWERS, _TINY_IMAGENET, _DERMAMNIST, _IMAGENET),
     )
 }
