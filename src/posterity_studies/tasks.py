@@ -77,8 +77,8 @@ def load(recipe: Recipe) -> Task | Streamed:
     if recipe.validation or recipe.label_noise or recipe.train_limit:
         raise UserError("imagenet is trained on whole: no validation, label noise or limit")
     train, test = imagenet.load(imagenet.SOURCE)
-    names = data.LISTINGS["imagenet"].class_names
-    return Streamed(train, test, names, f"{imagenet.SOURCE}, {len(train[0])} pictures")
+    digest = f"{imagenet.SOURCE}, {len(train[0])} pictures"
+    return Streamed(train, test, imagenet.CLASS_NAMES, digest)
 
 
 def load_task(recipe: Recipe) -> Task:

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 from posterity import Posterior, merge
-from posterity_studies import finetune, recipes, runs, train
+from posterity_studies import finetune, recipes, runs, studies, train
 from posterity_studies.data import hub, imagenet
 from posterity_studies.data.cache import DataError
 from posterity_studies.recipes import UserError
+from posterity_studies.studies import finetuning, merging
 from posterity_studies.subjects import Pretrained
 
 datasets = pytest.importorskip("datasets")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
@@ -58,7 +60,8 @@ def hubs(tmp_path_factory):
     datasets.disable_progress_bars()
     patch = pytest.MonkeyPatch()
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
-    patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    for place in (datasets.config, huggingface_hub.constants):
+        patch.setattr(place, "HF_HUB_OFFLINE", True)
     configs = {}
     for name, what in GLUE.items():
         held = {what.test, "test_matched" if name == "mnli" else "test"}
@@ -211,6 +214,24 @@ with ranks.joined():
     for name, mean in one.mean.items():
         torch.testing.assert_close(two.mean[name], mean, atol=1e-5, rtol=1e-4)
     assert json.dumps(one.settings) == json.dumps(two.settings)
+
+
+def test_the_papers_scale_of_finetuning_and_merging(hubs, tmp_path, monkeypatch):
+    """The same studies, on RoBERTa: here a tiny one, and one epoch."""
+    model = str(hubs / "roberta")
+    monkeypatch.setattr(finetuning, "MODELS", (model,))
+    monkeypatch.setattr(finetuning, "GLUE", ("rte", "mnli"))
+    monkeypatch.setattr(finetuning, "SAMPLES", 1)
+    monkeypatch.setattr(finetuning, "EPOCHS", 1)
+    found = studies.study("finetuning", tmp_path / "glue", [0], "paper")
+    assert {row["domain"] for row in found["rows"]} == {"rte", "mnli"}
+    assert {len(tried) for tried in found["trials"].values()} == {4}
+    paper = merging.SUBJECTS["paper"]
+    assert paper.domains == ("imdb", "yelp", "rotten-tomatoes", "sst2", "amazon")
+    small = replace(paper, model=model, epochs=1, validation=0.2)
+    monkeypatch.setitem(merging.SUBJECTS, "paper", small)
+    found = studies.study("merging", tmp_path / "merging", [0], "paper")
+    assert set(paper.domains) < set(found["rows"][0])
 
 
 @pytest.fixture

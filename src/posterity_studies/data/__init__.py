@@ -397,7 +397,7 @@ _DERMAMNIST = Listing(
 
 _IMAGENET = Listing(  # its pictures are read by `imagenet.load`
     name="imagenet",
-    class_names=tuple(map(str, range(imagenet.CLASSES))),
+    class_names=imagenet.CLASS_NAMES,
     mean=imagenet.MEAN,
     std=imagenet.STD,
     licence="for non-commercial research and education",

@@ -16,7 +16,7 @@ from posterity_studies.data import hub
 
 SOURCE = "ILSVRC/imagenet-1k"  # its terms must be accepted on the hub; a folder will do
 SIDE = 224  # pixels
-CLASSES = 1000
+CLASS_NAMES = tuple(map(str, range(1000)))
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the part that training sees (Szegedy et al. 2015)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Box = tuple[float, float, float, float]

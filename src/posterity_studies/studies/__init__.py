@@ -19,7 +19,14 @@ from posterity_studies.train import Progress, silent
 
 # smoke: seconds, for tests, its numbers mean nothing; paper: the published size, on GPUs
 Scale = Literal["smoke", "desk", "paper"]
-PAPER = ("pretraining", "in-domain", "mc-samples", "ood")  # studies that have the paper's scale
+PAPER = (
+    "pretraining",
+    "in-domain",
+    "mc-samples",
+    "ood",
+    "finetuning",
+    "merging",
+)  # studies that have the paper's scale
 
 STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "pretraining": "Does IVON train a language model from scratch as well as AdamW?",
@@ -33,6 +40,7 @@ STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "merging": "Is IVON's Hessian good for merging finetuned models?",
     "cost": "What does each use of a posterior cost, from 10,000 weights to 135 million?",
     "label-noise": "Does sensitivity find wrong labels, and better than the loss?",
+    "tabular": "How good are predictive distributions of tables' numbers?",
     "gap": "Does the variance grow between the data?",
     "language": "Does averaging over posterior samples improve perplexity?",
 }

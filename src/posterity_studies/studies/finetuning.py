@@ -40,6 +40,7 @@ LARGE: Trials = {  # a tenth of MiniLM's rates
         FinetuneIvon(lr, ess) for lr, ess in ((0.01, 1e7), (0.03, 1e7), (0.01, 1e8), (0.03, 1e8))
     ],
 }
+MODELS, EPOCHS = ("FacebookAI/roberta-large", "microsoft/deberta-v3-large"), 3
 GLUE = ("rte", "mrpc", "cola", "sst2", "qnli", "qqp", "mnli")
 
 
@@ -49,8 +50,7 @@ def subjects(scale: str) -> list[tuple[Subject, Trials]]:
         first = {optimizer: tried[:1] for optimizer, tried in ENCODERS.items()}
         return [(replace(TINY, domains=TINY.domains[:1]), first)]
     if scale == "paper":
-        models = ("FacebookAI/roberta-large", "microsoft/deberta-v3-large")
-        return [(Pretrained(model=model, domains=GLUE), LARGE) for model in models]
+        return [(Pretrained(model=m, domains=GLUE, epochs=EPOCHS), LARGE) for m in MODELS]
     return [(MiniLM(domains=tuple(packages.DOMAINS)), ENCODERS), (SmolLM2(), ADAPTERS)]
 
 
