@@ -80,7 +80,7 @@ def run(
     ranks.together()
     if ranks.first():
         runs.write_json(folder / "config.json", config)
-        if keep and isinstance(settings, FinetuneIvon) and settings.weight_decay:
+        if keep and isinstance(settings, FinetuneIvon):
             base_posterior(weights, settings).save(folder / "base.safetensors")
     finetune(model, opt, train, subject, seed, folder / "checkpoint.pt", progress)
     posterior: Posterior | None = None
@@ -105,11 +105,12 @@ def run(
 
 
 def base_posterior(weights: Mapping[str, Tensor], settings: FinetuneIvon) -> Posterior:
-    """What IVON starts from, with the precision of the prior; a copy."""
-    prior = settings.ess * settings.weight_decay
+    """What IVON starts from: λ(h0 + δ) around a copy of the weights."""
     mean = {name: p.detach().clone() for name, p in weights.items()}
-    precision = {name: torch.full_like(p, prior) for name, p in mean.items()}
-    return Posterior(mean, precision, prior_precision=prior)
+    start = settings.ess * (settings.hess_init + settings.weight_decay)
+    precision = {name: torch.full_like(p, start) for name, p in mean.items()}
+    prior = settings.ess * settings.weight_decay
+    return Posterior(mean, precision, prior_precision=prior, ess=settings.ess)
 
 
 def finetune(

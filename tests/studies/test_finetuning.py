@@ -103,14 +103,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path):
 
 
 def test_what_a_run_keeps_can_be_merged(tmp_path):
-    """Its base is what it started from, with the prior's precision."""
+    """Its base is what it started from, as wide as IVON was then."""
     settings = BOTH["ivon"]
     finetune.run(Words(), "above", settings, 0, tmp_path, samples=2)
     base = Posterior.load(tmp_path / "base.safetensors")
     for name, p in Words().make(0).named_parameters():
         assert torch.equal(base.mean[name], p)
-    prior = settings.ess * settings.weight_decay
-    torch.testing.assert_close(base.precision["head.bias"], torch.full((2,), prior))
+    torch.testing.assert_close(base.precision["head.bias"], torch.full((2,), 1e4 * 0.1 + 1e-2))
+    torch.testing.assert_close(base.hessian()["head.bias"], torch.full((2,), 1e4 * 0.1))
     merged = merge([Posterior.load(tmp_path / "posterior.safetensors")], base=base)
     assert not torch.equal(merged.mean["head.bias"], base.mean["head.bias"])
 

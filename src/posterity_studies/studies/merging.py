@@ -191,7 +191,9 @@ def matched(models: Sequence[Posterior], start: Posterior) -> dict[str, Callable
 def prior(start: Posterior) -> Posterior:
     """What the finetuned posteriors share: the weights' prior, around 0."""
     zero = {name: torch.zeros_like(m) for name, m in start.mean.items()}
-    return Posterior(zero, start.precision, prior_precision=start.prior_precision)
+    width = SETTINGS.ess * SETTINGS.weight_decay
+    precision = {name: torch.full_like(m, width) for name, m in zero.items()}
+    return Posterior(zero, precision, prior_precision=width)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
