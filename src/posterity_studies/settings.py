@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -193,6 +194,9 @@ class Vogn:
         )
 
 
+Weights = Callable[[nn.Module], list[Any]]  # what an optimizer takes
+
+
 def matrices_apart(model: nn.Module) -> list[dict[str, Any]]:
     """Groups for language models: vectors and scalars have no weight decay."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -227,19 +231,27 @@ class LanguageIvon:
     memory: float = 1e5
     weight_decay: float = 1e-6
     clip_radius: float = 1e-3
+    rescale: ClassVar[bool] = True
+    weights: ClassVar[Weights] = staticmethod(matrices_apart)
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
         return IVON(
-            matrices_apart(model),
+            self.weights(model),
             self.lr,
             ess=self.ess,
             hess_init=self.hess_init,
             betas=(BETA1, 1 - 1 / self.memory),
             weight_decay=self.weight_decay,
             clip_radius=self.clip_radius,
+            rescale_lr=self.rescale,
             seed=seed,
         )
+
+
+def trainable(model: nn.Module) -> list[Any]:
+    """Weights that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -251,31 +263,16 @@ class FinetuneAdamw:
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
-        weights = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(weights, self.lr, weight_decay=self.weight_decay, fused=True)
+        decay = self.weight_decay
+        return torch.optim.AdamW(trainable(model), self.lr, weight_decay=decay, fused=True)
 
 
 @dataclass(frozen=True)
-class FinetuneIvon:
-    """IVON as the paper finetunes: λ itself, steps clipped and not rescaled."""
+class FinetuneIvon(LanguageIvon):
+    """IVON as the paper finetunes: steps clipped and not rescaled."""
 
     lr: float = 0.03
     ess: float = 1e7
-    hess_init: float = 1e-3
     memory: float = 200
-    weight_decay: float = 1e-6
-    clip_radius: float = 1e-3
-
-    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
-        """The optimizer for a model."""
-        return IVON(
-            [p for p in model.parameters() if p.requires_grad],
-            self.lr,
-            ess=self.ess,
-            hess_init=self.hess_init,
-            betas=(BETA1, 1 - 1 / self.memory),
-            weight_decay=self.weight_decay,
-            clip_radius=self.clip_radius,
-            rescale_lr=False,
-            seed=seed,
-        )
+    rescale: ClassVar[bool] = False
+    weights: ClassVar[Weights] = staticmethod(trainable)
