@@ -487,3 +487,33 @@ def test_adams_second_moments_stand_in_for_a_posterior():
         expected = 100 * (squares[n] / (1 - 0.99**3)).sqrt() + 1.5
         torch.testing.assert_close(precision, expected)
     assert posterior.buffers.keys() == dict(model.named_buffers()).keys()
+
+
+@pytest.mark.parametrize("ess", [None, 100.0])
+@pytest.mark.parametrize("nothing", [[], (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))])
+def test_no_data_and_no_targets_say_so(ess, nothing):
+    model = nn.Linear(2, 3)
+    mean = dict(model.named_parameters())
+    width = {name: torch.full_like(p, 50.0) for name, p in mean.items()}
+    posterior = Posterior(mean, width, ess=ess)
+    with pytest.raises(ValueError, match="there are no"):
+        perturb(model, posterior, nothing)
+    with pytest.raises(ValueError, match="there are no targets"):
+        leave_one_out(model, posterior, (torch.randn(3, 2), torch.full((3,), -100)))
+    data = torch.randn(3, 2), torch.tensor([0, 1, 2])
+    for call in (perturb, without):
+        with pytest.raises(ValueError, match="needs n_train > 0, not 0"):
+            call(model, posterior, data, n_train=0)
+
+
+def test_a_measured_value_of_minus_a_hundred_counts():
+    """It marks what is left out among class numbers only."""
+    model = nn.Linear(2, 1)
+    mean = dict(model.named_parameters())
+    width = {name: torch.full_like(p, 50.0) for name, p in mean.items()}
+    x = torch.randn(3, 2)
+    nll = [
+        leave_one_out(model, Posterior(mean, width, ess=3), (x, torch.full((3, 1), y)), "gaussian")
+        for y in (-100.0, -100.001)
+    ]
+    assert nll[0].nll == pytest.approx(nll[1].nll, rel=1e-4)

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .binding import items
-from .metrics import IGNORED
 
 
 class Pairs:
@@ -40,15 +39,6 @@ class Pairs:
             if not isinstance(targets, Tensor):
                 raise ValueError("needs pairs (inputs, targets), or mappings with 'labels'")
             yield inputs, targets
-
-    def count(self) -> int:
-        """How many targets there are."""
-        return sum(int(count(targets).sum()) for _, targets in self)
-
-
-def count(targets: Tensor) -> Tensor:
-    """How many targets each example has."""
-    return (targets != IGNORED).view(len(targets), -1).sum(1)
 
 
 def _split(inputs: Any, targets: Tensor, size: int) -> list[tuple[Any, Tensor]]:

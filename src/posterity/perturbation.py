@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from .batches import Pairs, count
+from .batches import Pairs
 from .binding import Tensors, call, clean_name, evaluating, floats, placed
 from .metrics import IGNORED
 from .posterior import Mixture, Posterior
@@ -133,6 +133,8 @@ def leave_one_out(
     """
     found = perturb(model, posterior, data, likelihood, variance, full, **options)
     weights = found.count.double()
+    if not weights.any():
+        raise ValueError("there are no targets")
     nll = (found.left_out.double() * weights).sum() / weights.sum()
     return LeaveOneOut(nll.item(), found.left_out)
 
@@ -205,9 +207,13 @@ def perturb(
         raise ValueError("a mixture has no one mean: pass one of its components")
     mean = placed(model, posterior.mean | posterior.buffers)
     batches = Pairs(data, batch_size)
-    factor = 1.0
-    if posterior.ess is not None:
-        factor = posterior.ess / (n_train or batches.count())
+    if n_train is None and posterior.ess is not None:
+        n_train = sum(int(_count(targets, likelihood).sum()) for _, targets in batches)
+        if not n_train:
+            raise ValueError("there are no targets")
+    if n_train is not None and not n_train > 0:
+        raise ValueError(f"needs n_train > 0, not {n_train}")
+    factor = posterior.ess / n_train if posterior.ess and n_train else 1.0
     form: Form = "matrix" if order == 2 and full else "product" if full else "diagonal"
     if variance == "jacobian":
         variances = partial(linear, model, posterior, mean, form, memory, vectorize)
@@ -227,7 +233,7 @@ def perturb(
             if order == 2:
                 w = factor * (v if full else v.flatten(1).diag_embed())
                 shift = times(without_curvature(w, loss, f, y), e)
-            n_targets = count(y)
+            n_targets = _count(y, likelihood)
             scores.append(score.flatten(1).norm(2 if full else 1, dim=1))
             losses.append(torch.stack([loss(f, y), loss(f + shift, y)]) / n_targets.clamp(min=1))
             counts.append(n_targets)
@@ -282,6 +288,8 @@ def without(
     Source: Nickl et al. 2023, arXiv 2310.19273, section 3.
     """
     loss = _loss(likelihood, noise)
+    if n_train is not None and not n_train > 0:
+        raise ValueError(f"needs n_train > 0, not {n_train}")
     factor = posterior.ess / n_train if posterior.ess and n_train else 1.0
     trained, fixed = divided(placed(model, posterior.mean | posterior.buffers), posterior)
     total = {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -348,6 +356,12 @@ LOSSES = {
     "bernoulli": _bernoulli,
     "gaussian": _gaussian,
 }  # (examples,)
+
+
+def _count(y: Tensor, likelihood: Likelihood) -> Tensor:
+    """How many targets each example has."""
+    here = y != IGNORED if likelihood == "categorical" else torch.ones_like(y, dtype=torch.bool)
+    return here.view(len(y), y[:1].numel()).sum(1)
 
 
 def _slope(f: Tensor, likelihood: Likelihood) -> Tensor:
