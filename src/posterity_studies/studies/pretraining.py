@@ -1,12 +1,13 @@
 """A language model from scratch: IVON and AdamW on the same tokens (figures 1 and 2).
 
-A GPT over bytes, on 43 MB of essays and a dictionary. Both optimizers have as many short trials,
+A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. Both optimizers have as many short trials,
 judged on one part of the held-out text, IVON's as it will be used: averaged over samples. The best
 is trained in full with every seed and scored on the other part.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posterity_studies import runs
+from posterity_studies import jobs, runs
 from posterity_studies.data import text, tokens
 from posterity_studies.models.gpt import GPTConfig
 from posterity_studies.pretrain import RECIPES, Pretraining, held_rows, load, pretrain, scored
@@ -26,7 +27,7 @@ from posterity_studies.studies.pictures import label, picture
 from posterity_studies.train import Progress
 
 TEXTS = ("anarchism", "dictionary")
-COUNTS = (1, 8, 32)  # posterior samples
+COUNTS, TRIED = (1, 8, 32), (8,)  # posterior samples: of results and of trials
 LABELS = {"adamw": "AdamW", "ivon": "IVON"}
 TRIALS: dict[str, list[Settings]] = {  # as many of each
     "adamw": [
@@ -43,6 +44,7 @@ TRIALS: dict[str, list[Settings]] = {  # as many of each
 
 
 Corpus = tuple[Tensor, tuple[Tensor, Tensor], str]
+Scores = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Scale:
 
 
 SCALES = {
-    "desk": Scale(Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500), 400),
+    "desk": Scale(
+        Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True), 400
+    ),
     "smoke": Scale(
         Pretraining(GPTConfig(1, 2, 16, 32, vocabulary=256), steps=4, batch=2, every=2, held=2),
         *(2, 2, 4),
@@ -66,19 +70,25 @@ SCALES = {
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
     """Held-out loss of each optimizer at its best settings; nats a byte, means over seeds."""
-    if scale == "paper":
-        size, chosen, (train, held, digest) = published(out, progress)
+    if scale == "paper":  # its settings need no trials
+        what, settings = RECIPES["gpt2"]
+        size, place = Scale(what, what.steps), out / "tokens"
+        facts = tokens.prepare("Skylion007/openwebtext", place, progress)
+        digest = f"{facts['corpus']}, {facts['documents']} documents"
+        chosen: dict[str, tuple[Settings, list[Any]]] = {o: (s, []) for o, s in settings.items()}
     else:
-        size = SCALES[scale]
-        train, held, digest = corpus()
-        chosen = {o: search(out / "trials", o, size, train, held, progress) for o in TRIALS}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for optimizer, (settings, _) in chosen.items():
-        for seed in seeds:
-            folder = out / f"{optimizer}-seed{seed}"
-            run = pretrain(size.full, settings, seed, folder, train, held[0], progress)
-            scores = tested(folder, size, held[1], progress)
-            found.setdefault(optimizer, []).append({**run, "scores": scores})
+        size, place = SCALES[scale], None
+        digest = corpus()[2]
+        chosen = search(out / "trials", size, progress)
+    work = [(o, seed) for seed in seeds for o in chosen]
+    calls = [
+        (out / f"{o}-seed{seed}", size.full, chosen[o][0], seed, place, 1, size.test, COUNTS)
+        for o, seed in work
+    ]
+    found: dict[str, list[dict[str, Any]]] = {o: [] for o in chosen}
+    results = jobs.each(trained, calls, progress, "runs", [call[0] for call in calls])
+    for (optimizer, _), (run, scores) in zip(work, results, strict=True):
+        found[optimizer].append({**run, "scores": scores})
     rows = [row for optimizer in found for row in table(LABELS[optimizer], found[optimizer])]
     draw(out / "pretraining.png", found)
     return {
@@ -89,21 +99,6 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         "size": asdict(size),
         "runs": found,
     }
-
-
-def published(
-    out: Path, progress: Progress
-) -> tuple[Scale, dict[str, tuple[Settings, list[dict[str, Any]]]], Corpus]:
-    """GPT-2 (124M) on OpenWebText with the paper's settings, which need no trials."""
-    what, settings = RECIPES["gpt2"]
-    facts = tokens.prepare("Skylion007/openwebtext", out / "tokens", progress)
-    read = tokens.load(out / "tokens")
-    first, second = read["held"].tensor_split(2)
-    chosen: dict[str, tuple[Settings, list[dict[str, Any]]]] = {
-        o: (s, []) for o, s in settings.items()
-    }
-    digest = f"{facts['corpus']}, {facts['documents']} documents"
-    return Scale(what, what.steps), chosen, (read["train"], (first, second), digest)
 
 
 def corpus() -> Corpus:
@@ -119,42 +114,69 @@ def corpus() -> Corpus:
 
 
 def search(
-    out: Path,
-    optimizer: str,
-    size: Scale,
-    train: Tensor,
-    held: tuple[Tensor, Tensor],
-    progress: Progress,
-) -> tuple[Settings, list[dict[str, Any]]]:
-    """The trial of the lowest loss, and all of them, best first."""
+    out: Path, size: Scale, progress: Progress
+) -> dict[str, tuple[Settings, list[dict[str, Any]]]]:
+    """Of each optimizer the trial of the lowest loss, and all of them, best first."""
     short = replace(size.full, steps=size.trial_steps, every=size.trial_steps)
-    tried = []
-    for number, settings in enumerate(TRIALS[optimizer][: size.trials]):
-        folder = out / f"{optimizer}-{number}"
-        try:
-            pretrain(short, settings, 0, folder, train, held[0], progress)
-            scores = tested(folder, size, held[0], progress)
-            loss = scores.get(str(max(COUNTS)), scores["mean"])
-        except UserError as error:
-            if "diverged" not in str(error):
-                raise
-            scores, loss = {}, float("inf")
-        tried.append((loss, number, settings, scores))
-    tried.sort(key=lambda t: t[:2])
-    table = [{"settings": asdict(s), "loss": loss, **scores} for loss, _, s, scores in tried]
-    return tried[0][2], table
+    work = [(o, k, s) for o, every in TRIALS.items() for k, s in enumerate(every[: size.trials])]
+    calls = [(out / f"{o}-{k}", short, s, 0, None, 0, size.test, TRIED) for o, k, s in work]
+    results = jobs.each(tried, calls, progress, "trials", [call[0] for call in calls])
+    known: dict[str, list[tuple[float, int, Settings, Scores]]] = {o: [] for o in TRIALS}
+    for (optimizer, k, settings), scores in zip(work, results, strict=True):
+        loss = scores.get(str(max(TRIED)), scores.get("mean", math.inf))
+        known[optimizer].append((loss, k, settings, scores))
+    chosen = {}
+    for optimizer, every in known.items():
+        ranked = sorted(every, key=lambda t: t[:2])
+        table = [{"settings": asdict(s), "loss": loss, **scores} for loss, _, s, scores in ranked]
+        chosen[optimizer] = ranked[0][2], table
+    return chosen
 
 
-def tested(folder: Path, size: Scale, held: Tensor, progress: Progress) -> Mapping[str, float]:
-    """Losses of a finished run, at the mean and averaged over samples; kept in a file."""
+def tried(*call: Any) -> Scores:
+    """The scores of :func:`trained`; none where training diverged."""
+    try:
+        return trained(*call)[1]
+    except UserError as error:
+        if "diverged" not in str(error):
+            raise
+        return {}
+
+
+def trained(
+    folder: Path,
+    what: Pretraining,
+    settings: Settings,
+    seed: int,
+    place: Path | None,
+    part: int,
+    test: int,
+    counts: tuple[int, ...],
+) -> tuple[dict[str, Any], Scores]:
+    """A run, and its losses on a half of the held-out text; what is done is read.
+
+    Args:
+        folder: of the run.
+        what: the experiment.
+        settings: the optimizer's.
+        seed: of the run.
+        place: a folder of tokens; None for bytes of the study's own texts.
+        part: 0 for the half to choose by, which is also looked at in training, 1 for the other.
+        test: how many sequences of it are scored.
+        counts: how many posterior samples are averaged.
+    """
+    if place is None:
+        train, held, _ = corpus()
+    else:
+        read = tokens.load(place)
+        train, held = read["train"], read["held"].tensor_split(2)
+    run = pretrain(what, settings, seed, folder, train, held[0])
     kept = folder / "scores.json"
-    if kept.exists():
-        return runs.read_json(kept)
-    model, posterior = load(folder)
-    rows = held_rows(held, replace(size.full, held=size.test))
-    found = scored(model, rows, posterior, COUNTS, progress)
-    runs.write_json(kept, dict(found))
-    return found
+    if not kept.exists():
+        model, posterior = load(folder)
+        rows = held_rows(held[part], replace(what, held=test))
+        runs.write_json(kept, dict(scored(model, rows, posterior, counts)))
+    return run, runs.read_json(kept)
 
 
 def table(name: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
