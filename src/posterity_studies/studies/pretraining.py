@@ -1,8 +1,8 @@
 """A language model from scratch: IVON and AdamW on the same tokens (figures 1 and 2).
 
-A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. Both optimizers have as many short trials,
-judged on one part of the held-out text, IVON's as it will be used: averaged over samples. The best
-is trained in full with every seed and scored on the other part.
+A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. Both optimizers have as
+many short trials, judged on one part of the held-out text, IVON's as it will be used: averaged over
+samples. The best is trained in full with every seed and scored on the other part.
 """
 
 from __future__ import annotations
