@@ -135,7 +135,7 @@ def test_a_killed_rank_costs_no_bit(environment, tmp_path):
 
 def test_other_commands_do_not_run_on_several_processes(run, call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "only train and pretrain" in one_line(call("evaluate", run))
+    assert "only train, pretrain and finetune" in one_line(call("evaluate", run))
 
 
 def test_interrupt_says_how_to_go_on(environment, tmp_path):
