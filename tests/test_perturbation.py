@@ -1,5 +1,6 @@
 """Memory perturbation against retraining, closed forms, and itself."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -517,3 +518,93 @@ def test_a_measured_value_of_minus_a_hundred_counts():
         for y in (-100.0, -100.001)
     ]
     assert nll[0].nll == pytest.approx(nll[1].nll, rel=1e-4)
+
+
+def half(model, dtype):
+    """A copy in 16 bits."""
+    return copy.deepcopy(model).to(dtype)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("options", [{}, {"full": False}, {"order": 2}, {"variance": "samples"}])
+def test_a_single_output_needs_no_dimension(likelihood, options):
+    class Flat(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)[:, 0]
+
+    torch.manual_seed(0)
+    flat, x = Flat(3, 1), torch.randn(5, 3)
+    column = nn.Linear(3, 1)
+    column.load_state_dict(flat.state_dict())
+    y = torch.randint(2, (5,)).float()
+    posterior = around(flat)
+    found = perturb(flat, posterior, (x, y), likelihood, shifts=True, **options)
+    wide = perturb(column, posterior, (x, y[:, None]), likelihood, shifts=True, **options)
+    for name in ("sensitivity", "loss", "left_out", "count"):
+        torch.testing.assert_close(getattr(found, name), getattr(wide, name))
+    torch.testing.assert_close(found.shift, wide.shift[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("full", [True, False])
+def test_sixteen_bits_hold_a_narrow_posterior(dtype, full):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3)
+    mean = {n: p.detach().to(dtype).float() for n, p in model.named_parameters()}
+    posterior = Posterior(mean, {n: torch.full_like(p, 1e9) for n, p in mean.items()})
+    data = torch.randn(16, 8).to(dtype).float(), torch.randint(3, (16,))
+    low = sensitivity(half(model, dtype), posterior, (data[0].to(dtype), data[1]), full=full)
+    model.load_state_dict(mean)
+    exact = sensitivity(model, posterior, data, full=full)
+    torch.testing.assert_close(low.float(), exact, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8])
+def test_class_numbers_of_any_kind(dtype):
+    torch.manual_seed(0)
+    model, x = nn.Linear(2, 200), torch.randn(3, 2)
+    y = torch.tensor([0, 100, 156 if dtype != torch.int8 else 101])
+    posterior = around(model)
+    found = perturb(model, posterior, (x, y.to(dtype)))
+    assert found.count.tolist() == [1, 1, 1]
+    torch.testing.assert_close(found.left_out, perturb(model, posterior, (x, y)).left_out)
+
+
+def test_a_leverage_of_one_has_no_second_order():
+    model = nn.Linear(4, 3)
+    mean = dict(model.named_parameters())
+    posterior = Posterior(mean, {n: torch.full_like(p, 1e-2) for n, p in mean.items()})
+    with pytest.raises(ValueError, match=r"leverage of \d+ of 6 examples reaches 1.*order=1"):
+        perturb(model, posterior, (torch.randn(6, 4), torch.arange(6) % 3), order=2)
+
+
+def test_empty_batches_are_passed_over_and_buffers_stay():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 3)
+            self.register_buffer("n", torch.zeros(()))
+
+        def forward(self, x):
+            if not x.requires_grad:
+                self.n += 1
+            return super().forward(x)
+
+    model, x, y = Counting(), torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    mean = dict(model.named_parameters())
+    width = {name: torch.full_like(p, 50.0) for name, p in mean.items()}
+    posterior = Posterior(mean, width, buffers={"n": torch.zeros(())})
+    loader = [(x[:2], y[:2]), (x[:0], y[:0]), (x[2:], y[2:])]
+    found = perturb(model, posterior, loader, variance="samples", samples=4)
+    whole = perturb(model, posterior, (x, y), variance="samples", samples=4)
+    torch.testing.assert_close(found.sensitivity, whole.sensitivity)
+    assert posterior.buffers["n"] == 0
+
+
+def test_leaving_nothing_out_and_a_mixture_say_so():
+    model = nn.Linear(2, 3)
+    with pytest.raises(ValueError, match="there are no targets"):
+        without(model, around(model), [])
+    with pytest.raises(ValueError, match="there are no targets"):
+        perturb(model, around(model), (torch.randn(2, 2), torch.full((2,), -100)), n_train=5)
+    with pytest.raises(ValueError, match="one of its components"):
+        without(model, Mixture([around(model)]), (torch.randn(2, 2), torch.tensor([0, 1])))

@@ -106,6 +106,23 @@ def test_scores_are_high_where_samples_agree(kind, likelihood):
     assert found.shape == ((3,) if outputs == 3 else (3, 1))
     narrow = score(predict(model, posterior.temper(1e-6), x, likelihood=likelihood), kind)
     assert (found <= narrow + 1e-6).all()
+    values = torch.stack(
+        [(x * posterior.sample(0, s)["w"]).double() for s in range(64)]
+    )  # samples, inputs, outputs
+    each = values.softmax(-1) if outputs == 3 else torch.stack([-values, values], -1).sigmoid()
+    p = each.mean(0)
+
+    def entropy(p):
+        return -(p * p.clamp_min(1e-300).log()).sum(-1)
+
+    spread = each.var(0, correction=0)
+    expected = {
+        "probability": p.amax(-1),
+        "entropy": -entropy(p),
+        "mutual_information": entropy(each).mean(0) - entropy(p),
+        "variance": -(spread.sum(-1) if outputs == 3 else spread[..., 1]),
+    }[kind]
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="unknown score"):
         score(predict(model, posterior, x, likelihood=likelihood), "luck")
 
@@ -176,3 +193,9 @@ def test_pruning_a_share_by_signal_to_noise_is_pruning_at_its_threshold():
             posterior.prune_share(bad)
     with pytest.raises(ValueError, match="share in"):
         posterior.prune_share(0.1, "luck")
+
+
+@pytest.mark.parametrize("fpr", [0.0, 1 - 1e-11])
+def test_thresholds_at_the_ends(fpr):
+    scores = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    assert threshold(scores, fpr) == (scores.min() if fpr == 0 else scores.max()).item()

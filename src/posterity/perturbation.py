@@ -26,19 +26,29 @@ from .binding import Tensors, call, clean_name, evaluating, floats, placed
 from .metrics import IGNORED
 from .posterior import Mixture, Posterior
 from .prediction import Likelihood
-from .variances import Form, Gaussian, divided, linear, sampled, times, without_curvature
+from .variances import (
+    Form,
+    Gaussian,
+    copies,
+    divided,
+    linear,
+    sampled,
+    times,
+    without_curvature,
+)  # fmt: skip
 
 Variance = Literal["jacobian", "samples"]
 
 
 @dataclass(frozen=True, eq=False)
 class Perturbation:
-    """What :func:`perturb` returns: a value per example, in the data's order.
+    """What :func:`perturb` returns: a value per example, in the order of the batches.
 
-    ``sensitivity``: how far the example's own output (logits) would move if it were left out; up to
-    the factor λ/N. ``loss``: its loss at the mean, in nats. ``left_out``: its loss after the move,
-    with the factor. Both are means over the example's targets, whose number is ``count``.
-    ``shift``: the moves (λ/N)·V_i e_i themselves, shaped as the outputs, where asked for.
+    ``sensitivity``: how far the example's own output (logits; of the diagonal alone, probabilities)
+    would move if it were left out; up to the factor λ/N, and to first order. ``loss``: its loss at
+    the mean, in nats. ``left_out``: its loss after the move, with the factor. Both are means over
+    the example's targets, whose number is ``count``. ``shift``: the moves with the factor, shaped
+    as the outputs, where asked for.
     """
 
     sensitivity: Tensor
@@ -133,8 +143,6 @@ def leave_one_out(
     """
     found = perturb(model, posterior, data, likelihood, variance, full, **options)
     weights = found.count.double()
-    if not weights.any():
-        raise ValueError("there are no targets")
     nll = (found.left_out.double() * weights).sum() / weights.sum()
     return LeaveOneOut(nll.item(), found.left_out)
 
@@ -171,18 +179,22 @@ def perturb(
             mode, and its own weights are neither used nor touched.
         posterior: a :class:`Posterior` (of a Mixture, a component).
         data: a pair (inputs, targets), a Dataset of pairs, or a loader of pairs or of mappings with
-            ``labels``. Inputs: a tensor, or a mapping of the model's keyword arguments. Targets:
-            class numbers, -100 to leave one out (of tokens, one for each output position, shifted
-            already); 0 or 1 for ``bernoulli``; values for ``gaussian``.
+            ``labels``; one that shuffles gives its own order. Inputs: a tensor, or a mapping of the
+            model's keyword arguments. Targets: class numbers, -100 to leave one out (of tokens, one
+            for each output position, shifted already); 0 or 1 for ``bernoulli``; values for
+            ``gaussian``.
         likelihood: ``"categorical"``, ``"bernoulli"`` or ``"gaussian"``.
-        variance: ``"jacobian"`` or ``"samples"``.
+        variance: ``"jacobian"`` or ``"samples"``. In 16 bits take Jacobians: a sample's rounding
+            would count as variance.
         full: V_i as it is, or its diagonal alone.
-        n_train: N, the number of targets in training; default that of ``data``. The factor λ/N is 1
+        n_train: N, how many the training loss was averaged over; default the number of targets of
+            ``data``, of several outputs or tokens an example all of them. The factor λ/N is 1
             where the posterior's ``ess`` is unknown.
         noise: standard deviation of the observations, for ``gaussian``, in the targets' units.
         order: 2 takes the example's curvature out of the posterior too, f + (I − WH)⁻¹W e with
             W = (λ/N)·V_i and H = ∂²ℓ/∂f²: exact for a linear model with Gaussian noise. It forms
-            V_i: (outputs × outputs) for each example.
+            V_i: (outputs × outputs) for each example. Only where no example's leverage, the
+            largest eigenvalue of WH, reaches 1; a posterior that is too wide has such.
         samples: S, for ``variance="samples"``; sample s is ``posterior.state(seed, s)``.
         seed: of the stream of samples.
         batch_size: for a pair or a Dataset.
@@ -194,7 +206,8 @@ def perturb(
 
     Raises:
         ValueError: the posterior does not fit the model, there are no targets, they do not fit the
-            outputs, or ``vectorize=True`` cannot run this model.
+            outputs, ``vectorize=True`` cannot run this model, or with ``order=2`` an example's
+            leverage is 1 or more.
 
     Source: Nickl et al. 2023, arXiv 2310.19273.
     """
@@ -205,7 +218,7 @@ def perturb(
         raise ValueError(f"needs samples >= 2 and memory > 0, not {samples} and {memory}")
     if isinstance(posterior, Mixture):
         raise ValueError("a mixture has no one mean: pass one of its components")
-    mean = placed(model, posterior.mean | posterior.buffers)
+    mean = placed(model, posterior.mean | copies(posterior.buffers))
     batches = Pairs(data, batch_size)
     if n_train is None and posterior.ess is not None:
         n_train = sum(int(_count(targets, likelihood).sum()) for _, targets in batches)
@@ -222,6 +235,8 @@ def perturb(
     scores, losses, counts, moves = [], [], [], []
     with evaluating(model):
         for inputs, targets in (progress or iter)(batches):
+            if not len(targets):
+                continue
             with torch.no_grad():
                 f = floats(call(model, inputs, mean))
             y = _fitting(f, targets, likelihood)
@@ -231,16 +246,18 @@ def perturb(
             score = move if full else _slope(f, likelihood) * move
             shift = factor * move
             if order == 2:
-                w = factor * (v if full else v.flatten(1).diag_embed())
+                w = factor * (v if full else v.reshape(len(v), -1).diag_embed())
                 shift = times(without_curvature(w, loss, f, y), e)
             n_targets = _count(y, likelihood)
-            scores.append(score.flatten(1).norm(2 if full else 1, dim=1))
+            scores.append(score.reshape(len(score), -1).norm(2 if full else 1, dim=1))
             losses.append(torch.stack([loss(f, y), loss(f + shift, y)]) / n_targets.clamp(min=1))
             counts.append(n_targets)
             if shifts:
                 moves.append(shift)
     if not scores:
         raise ValueError("there are no data")
+    if not torch.cat(counts).any():
+        raise ValueError("there are no targets")
     moved = torch.cat(moves) if shifts else None
     before, after = torch.cat(losses, 1)
     return Perturbation(torch.cat(scores), before, after, torch.cat(counts), moved)
@@ -288,13 +305,21 @@ def without(
     Source: Nickl et al. 2023, arXiv 2310.19273, section 3.
     """
     loss = _loss(likelihood, noise)
+    if isinstance(posterior, Mixture):
+        raise ValueError("a mixture has no one mean: pass one of its components")
     if n_train is not None and not n_train > 0:
         raise ValueError(f"needs n_train > 0, not {n_train}")
     factor = posterior.ess / n_train if posterior.ess and n_train else 1.0
-    trained, fixed = divided(placed(model, posterior.mean | posterior.buffers), posterior)
-    total = {name: torch.zeros_like(p) for name, p in trained.items()}
+    mean = placed(model, posterior.mean | copies(posterior.buffers))
+    trained, fixed = divided(mean, posterior)
+    wide = {n: torch.promote_types(p.dtype, torch.float32) for n, p in trained.items()}
+    total = {name: torch.zeros_like(p, dtype=wide[name]) for name, p in trained.items()}
+    seen = 0
     with evaluating(model):
         for inputs, targets in Pairs(data, batch_size):
+            if not len(targets):
+                continue
+            seen += int(_count(targets, likelihood).sum())
 
             def summed(weights: Tensors, inputs: Any = inputs, targets: Tensor = targets) -> Tensor:
                 f = floats(call(model, inputs, weights | fixed))
@@ -302,6 +327,8 @@ def without(
 
             for name, g in grad(summed)(trained).items():
                 total[name] += g
+    if not seen:
+        raise ValueError("there are no targets")
     move = posterior.covariance({clean_name(name): g for name, g in total.items()})
     mean = {n: m + factor * move[n].to(m) for n, m in posterior.mean.items()}
     return posterior._but(mean=mean)
@@ -343,12 +370,13 @@ def _categorical(f: Tensor, y: Tensor, noise: float) -> Tensor:
 
 
 def _bernoulli(f: Tensor, y: Tensor, noise: float) -> Tensor:
-    return binary_cross_entropy_with_logits(f, y.to(f), reduction="none").flatten(1).sum(1)
+    each = binary_cross_entropy_with_logits(f, y.to(f), reduction="none")
+    return each.reshape(len(f), -1).sum(1)
 
 
 def _gaussian(f: Tensor, y: Tensor, noise: float) -> Tensor:
     each = ((f - y) / noise) ** 2 / 2 + math.log(noise * math.sqrt(2 * math.pi))
-    return each.flatten(1).sum(1)
+    return each.reshape(len(f), -1).sum(1)
 
 
 LOSSES = {
@@ -360,7 +388,10 @@ LOSSES = {
 
 def _count(y: Tensor, likelihood: Likelihood) -> Tensor:
     """How many targets each example has."""
-    here = y != IGNORED if likelihood == "categorical" else torch.ones_like(y, dtype=torch.bool)
+    if likelihood == "categorical":
+        here = y.long() != IGNORED  # as whole numbers: small unsigned ones would wrap
+    else:
+        here = torch.ones_like(y, dtype=torch.bool)
     return here.view(len(y), y[:1].numel()).sum(1)
 
 
@@ -390,7 +421,8 @@ def _fitting(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
             f"{tuple(needed)}"
         )
     if likelihood == "categorical":
-        if y.is_floating_point() or ((y < 0) & (y != IGNORED) | (y >= f.shape[-1])).any():
+        whole, y = not y.is_floating_point(), y.long()
+        if not whole or ((y < 0) & (y != IGNORED) | (y >= f.shape[-1])).any():
             raise ValueError(
                 f"targets must be whole numbers in [0, {f.shape[-1] - 1}] or {IGNORED}"
             )

@@ -30,10 +30,12 @@ def score(
     """How familiar each input is: high for known ones, low for unknown ones.
 
     The largest class probability; minus the entropy; minus the mutual information; or minus the
-    variance of the probabilities over the samples, summed over classes.
+    variance of the probabilities over the samples, summed over classes (of ``bernoulli`` that of
+    P(y=1); of ``gaussian``, which has no other score, the total variance).
 
     Raises:
         ValueError: another kind.
+        AttributeError: a kind that the likelihood has not.
 
     >>> import torch
     >>> from posterity import predict
@@ -59,7 +61,8 @@ def threshold(scores_in: Tensor, fpr: float) -> float:
     """The threshold below which at most a share ``fpr`` of known inputs falls.
 
     Call an input unknown where its score is *below* it. The share is exact on these scores,
-    ties included; on new ones it is met up to the luck of the draw, some √(fpr/n).
+    ties included; on new ones it is (⌊n·fpr⌋ + 1)/(n + 1) on average, so hold out many more than
+    1/fpr, and varies by some √(fpr/n).
 
     Args:
         scores_in: scores of held-out known inputs, as :func:`score` gives them.
@@ -76,7 +79,7 @@ def threshold(scores_in: Tensor, fpr: float) -> float:
     ordered = scores_in.detach().flatten().sort().values
     if not len(ordered) or ordered.isnan().any():
         raise ValueError("needs scores, and none may be NaN")
-    return ordered[math.floor(fpr * len(ordered) + 1e-9)].item()
+    return ordered[min(math.floor(fpr * len(ordered) + 1e-9), len(ordered) - 1)].item()
 
 
 class Abstention(NamedTuple):
@@ -96,7 +99,8 @@ def abstention(probs: Tensor, targets: Tensor, risk: float, delta: float = 0.05)
     r"""How sure a model must be so that its answers are wrong at most at a rate of ``risk``.
 
     With probability 1−δ over the draw of the held-out examples, the error rate among answers on
-    new examples of the same distribution is at most ``risk``. Given the confidence of the next
+    new examples of the same distribution is at most ``risk``. Examples must be drawn independently:
+    the tokens of one text are not. Given the confidence of the next
     example, the k most confident ones are independent draws from all that lie above it, so that
     their errors are binomial. Greater and greater k are tried as long as
     P(Bin(k, risk) ≤ errors) ≤ δ/3: from the least k that could pass with a few errors, from a

@@ -41,9 +41,14 @@ def divided(state: Tensors, posterior: Gaussian) -> tuple[Tensors, Tensors]:
     return {name: value for name, value in state.items() if name in weights}, rest
 
 
+def copies(buffers: Tensors) -> Tensors:
+    """What a forward pass may write to."""
+    return {name: value.clone() for name, value in buffers.items()}
+
+
 def times(matrices: Tensor, vectors: Tensor) -> Tensor:
     """(examples, outputs, outputs) · (examples, …)."""
-    return (matrices @ vectors.flatten(1)[..., None]).view_as(vectors)
+    return (matrices @ vectors.reshape(len(vectors), -1, 1)).view_as(vectors)
 
 
 def linear(
@@ -66,7 +71,14 @@ def linear(
 
     def covariance(vector: Tensors) -> Tensors:
         spread = posterior.covariance({clean: vector[name] for name, clean in names.items()})
-        return {name: spread[clean].to(vector[name]) for name, clean in names.items()}
+        return {name: spread[clean].to(vector[name].device) for name, clean in names.items()}
+
+    def forward(net: Callable[[Tensors], Tensor], spread: Tensors) -> Tensor:
+        """J·spread; scaled, for weights of 16 bits may not hold a number so small."""
+        sizes = [s.abs().amax() for s in spread.values() if s.numel()]
+        scale = torch.stack(sizes).amax().clamp_min(torch.finfo(torch.float32).tiny)
+        unit = {name: (s / scale).to(trained[name]) for name, s in spread.items()}
+        return scale * jvp(net, (trained,), (unit,))[1]
 
     def one(x: Any, e: Tensor) -> Tensor:
         batch = {k: v[None] for k, v in x.items()} if isinstance(x, Mapping) else x[None]
@@ -76,17 +88,17 @@ def linear(
 
         back = vjp(net, trained)[1]
         if form == "product":
-            return jvp(net, (trained,), (covariance(back(e)[0]),))[1]
+            return forward(net, covariance(back(e)[0]))
 
-        def row(unit: Tensor) -> Tensor:
+        def row(output: Tensor) -> Tensor:
+            unit = (torch.arange(outputs, device=e.device) == output).to(e).view(shape)
             gradient = back(unit)[0]
             spread = covariance(gradient)
             if form == "matrix":
-                return jvp(net, (trained,), (spread,))[1].flatten()
+                return forward(net, spread).flatten()
             return torch.stack([(gradient[n] * spread[n]).sum() for n in names]).sum()
 
-        units = torch.eye(outputs, dtype=e.dtype, device=e.device).view(outputs, *shape)
-        found = vmap(row, chunk_size=rows)(units)
+        found = vmap(row, chunk_size=rows)(torch.arange(outputs, device=e.device))
         return found if form == "matrix" else found.view(shape)
 
     with sdpa_kernel(SDPBackend.MATH):  # the other attentions have no forward mode
@@ -123,7 +135,7 @@ def sampled(
 
     Deviations are taken from the output at the mean: the sums then do not cancel.
     """
-    flat = e.flatten(1)
+    flat = e.reshape(len(e), -1)
 
     def against(d: Tensor) -> Tensor:
         """What the deviations are multiplied with, to sum up to the form that is asked for."""
@@ -134,8 +146,8 @@ def sampled(
     first = torch.zeros_like(flat)
     second = other = torch.zeros(()).to(flat)
     for index in range(samples):
-        state = placed(model, posterior.state(seed, index))
-        d = (floats(call(model, inputs, state)) - f).flatten(1)
+        state = placed(model, posterior.state(seed, index) | copies(posterior.buffers))
+        d = (floats(call(model, inputs, state)) - f).view_as(flat)
         left = d[:, :, None] if form == "matrix" else d
         first += d
         other = other + against(d)
@@ -150,4 +162,10 @@ def without_curvature(w: Tensor, loss: Callable, f: Tensor, y: Tensor) -> Tensor
     one = hessian(lambda f, y: loss(f[None], y[None])[0])
     curvature = vmap(one)(f, y).view_as(w)
     eye = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+    leverage = torch.linalg.eigvals(w @ curvature).real.amax(1)
+    if beyond := int((leverage >= 1).sum()):
+        raise ValueError(
+            f"the leverage of {beyond} of {len(w)} examples reaches 1: for so wide a posterior "
+            "leaving one out has no second order; pass order=1"
+        )
     return torch.linalg.solve(eye - w @ curvature, w)
