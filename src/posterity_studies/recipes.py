@@ -141,17 +141,14 @@ def with_baselines(base: Recipe, **more: Settings) -> Recipe:
 
 def baselines() -> Recipe:
     """`fashion-mnist` with more methods, of settings that were tried for six epochs."""
-    base = fashion_mnist()
-    sgd, ivon = base.optimizers["sgd"], base.optimizers["ivon"]
-    assert isinstance(sgd, Sgd)
-    assert isinstance(ivon, Ivon)
-    shared = {"weight_decay": ivon.weight_decay, "temperature": ivon.temperature}
-    more: dict[str, Settings] = {
-        "adahessian": Adahessian(lr=0.4, weight_decay=0.0032),
-        "dropout": Dropout(lr=sgd.lr, weight_decay=sgd.weight_decay, rate=0.02),
-        "bbb": Backprop(lr=4e-3, **shared),
+    tried: dict[str, dict[str, float]] = {
+        "adahessian": {"lr": 0.4, "weight_decay": 0.0032},
+        "dropout": {"rate": 0.02},
+        "bbb": {"lr": 4e-3},
     }
-    return replace(with_baselines(base, **more), name="baselines")
+    base = replace(with_baselines(fashion_mnist()), name="baselines")
+    changed = {o: replace(base.settings(o), **found) for o, found in tried.items()}
+    return replace(base, optimizers={**base.optimizers, **changed})
 
 
 def lenet5() -> Recipe:
