@@ -35,7 +35,7 @@ from .variances import (
     sampled,
     times,
     without_curvature,
-)  # fmt: skip
+)
 
 Variance = Literal["jacobian", "samples"]
 

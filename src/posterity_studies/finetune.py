@@ -58,9 +58,12 @@ def run(
     takes its part of each batch.
 
     Raises:
-        UserError: the folder holds another run, or the loss is not finite.
+        UserError: an unknown domain, the folder holds another run, or the loss is not finite.
         DataError: the model or the sentences cannot be had.
     """
+    if domain not in subject.domains:
+        known = ", ".join(subject.domains)
+        raise UserError(f"{subject.name} has no sentences {domain!r}; there are {known}")
     told = {"settings": {"kind": type(settings).__name__, **asdict(settings)}, "seed": seed}
     told |= {"model": subject.name, "subject": asdict(subject), "domain": domain}
     config = json.loads(json.dumps(told | {"samples": samples}))
@@ -86,13 +89,13 @@ def run(
     posterior: Posterior | None = None
     if posterior_of is not None:  # of whole models: every rank takes part
         posterior = posterior_of(weights.items())
+    ways: dict[str, Samples | None] = {"the mean": None}
+    ways |= {"averaged": posterior} if posterior else {}
+    scores = {
+        part: {way: scored(model, q, rows, subject, samples) for way, q in ways.items()}
+        for part, rows in (("validation", held), ("test", test))
+    }
     if ranks.first():
-        ways: dict[str, Samples | None] = {"the mean": None}
-        ways |= {"averaged": posterior} if posterior else {}
-        scores = {
-            part: {way: scored(model, q, rows, subject, samples) for way, q in ways.items()}
-            for part, rows in (("validation", held), ("test", test))
-        }
         if keep and posterior:
             posterior.save(folder / "posterior.safetensors")
         elif keep:
@@ -208,11 +211,14 @@ class _Classes(nn.Module):
 def scored(
     model: nn.Module, posterior: Samples | None, rows: Rows, subject: Subject, samples: int
 ) -> Score:
-    """Accuracy, NLL and ECE of a model on sentences."""
+    """Accuracy, NLL and ECE of a model on sentences; ranks divide the samples among them."""
     ordered = sorted(rows, key=lambda row: len(row[0]))
     groups = [padded(ordered[i : i + 50]) for i in range(0, len(ordered), 50)]
     asked = _Classes(model, subject)
-    probs = torch.cat([predict(asked, posterior, [x], samples).probs.cpu() for x, _ in groups])
+    shared = samples >= ranks.world()
+    probs = torch.cat(
+        [predict(asked, posterior, [x], samples, distributed=shared).probs.cpu() for x, _ in groups]
+    )
     targets = torch.cat([y.cpu() for _, y in groups])
     return {
         "accuracy": metrics.accuracy(probs, targets),

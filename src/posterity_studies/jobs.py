@@ -66,12 +66,7 @@ def train_all(jobs: Sequence[Job], progress: Progress) -> list[dict[str, Any]]:
         UserError: a job failed; the others are done, and need not be done again.
     """
     missing = [job for job in jobs if finished(*job) is None]
-    if ENGINE.get().alone:
-        for job in missing:
-            train(*job, progress)  # with a bar of its own
-    else:
-        folders = [job[3] for job in missing]
-        each(train, missing, progress, "runs", folders)
+    each(train, missing, progress, "runs", [job[3] for job in missing], bars=True)
     return [finished(*job) or {} for job in jobs]
 
 
@@ -81,12 +76,14 @@ def each(
     progress: Progress,
     label: str,
     names: Sequence[object] | None = None,
+    bars: bool = False,
 ) -> list[T]:
     """``function(*call)`` for each call, in their order: here, in processes, or through Slurm.
 
     Args:
         function: of a module, for processes import it.
         names: of the calls, for messages; by default their numbers.
+        bars: where all runs in this process, each call gets ``progress=`` for bars of its own.
 
     Raises:
         UserError: a call failed; the others have ended.
@@ -96,6 +93,8 @@ def each(
     if engine.slurm is not None:
         folder = Path(f"{names[0]}").parent if calls else Path()
         return _collect(_submitted(function, calls, engine, folder), names, progress, label)
+    if engine.alone and bars:
+        return [function(*call, progress=progress) for call in calls]
     if engine.alone or len(calls) < 2:
         return [function(*call) for call in progress(calls, len(calls), label)]
     threads = max((os.cpu_count() or 1) // engine.at_a_time, 1)

@@ -55,6 +55,7 @@ class Streamed:
         loader = DataLoader(
             cut,
             batch_sampler=[batch.tolist() for batch in mine],
+            collate_fn=imagenet.stacked,
             num_workers=WORKERS,
             pin_memory=torch.cuda.is_available(),
         )

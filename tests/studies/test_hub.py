@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from posterity import Posterior, merge
-from posterity_studies import finetune, recipes, runs, studies, train
+from posterity_studies import finetune, recipes, runs, studies, tasks, train
 from posterity_studies.data import hub, imagenet
 from posterity_studies.data.cache import DataError
 from posterity_studies.recipes import UserError
@@ -155,6 +155,8 @@ def test_the_command_takes_its_first_steps(hubs, tmp_path, call, optimizer):
     [
         (["nothing/here", "rte"], "cannot be had"),
         (["ROBERTA", "sst"], "no sentences 'sst'"),
+        (["smollm2", "rte"], "SmolLM2 has no sentences 'rte'; there are movies"),
+        (["minilm", "rte"], "MiniLM has no sentences 'rte'; there are movies, amazon"),
         (["ROBERTA", "rte", "--optimizer", "sgd"], "no optimizer 'sgd'"),
         (["ROBERTA", "rte", "--set", "lr=x"], "expected lr=NUMBER"),
         (["ROBERTA", "rte", "--epochs", "0"], "at least 1"),
@@ -195,14 +197,16 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_finetuning as small
 from posterity_studies import finetune, ranks
 from posterity_studies.settings import FinetuneIvon
-subject = small.Words(batch=3, epochs=2)
-rows = small.rows()[:79]
+@dataclass(frozen=True, kw_only=True)
+class Odd(small.Words):
+    def sentences(self, domain, seed):
+        return small.rows()[:79], small.rows()[80:100], small.rows()[100:]
+
+
+subject = Odd(batch=3, epochs=2)
+settings = FinetuneIvon(1.0, 1e4, hess_init=0.1, clip_radius=1.0)
 with ranks.joined():
-    model = subject.make(0)
-    opt = FinetuneIvon(1.0, 1e4, hess_init=0.1, clip_radius=1.0).build(model, 79, 0, 0)
-    finetune.finetune(model, opt, rows, subject, seed=0)
-    if ranks.first():
-        opt.posterior(model).save(Path(sys.argv[1]))
+    finetune.run(subject, "above", settings, 0, Path(sys.argv[1]), samples=3)
 """
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -210,10 +214,13 @@ with ranks.joined():
         command = [*torchrun, f"--nproc-per-node={ranks}", script, tmp_path / f"{ranks}"]
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    one, two = (Posterior.load(tmp_path / f"{ranks}") for ranks in (1, 2))
+    one, two = (Posterior.load(tmp_path / f"{k}/posterior.safetensors") for k in (1, 2))
     for name, mean in one.mean.items():
         torch.testing.assert_close(two.mean[name], mean, atol=1e-5, rtol=1e-4)
     assert json.dumps(one.settings) == json.dumps(two.settings)
+    scores = [runs.read_json(tmp_path / f"{k}/result.json")["test"] for k in (1, 2)]
+    for way in ("the mean", "averaged"):
+        assert scores[1][way]["nll"] == pytest.approx(scores[0][way]["nll"], rel=1e-4)
 
 
 def test_the_papers_scale_of_finetuning_and_merging(hubs, tmp_path, monkeypatch):
@@ -270,6 +277,16 @@ def test_pictures_are_the_middle_or_parts_that_repeat(pictures):
     assert torch.equal(cuts[0][3], cuts[1][3])
     assert not torch.equal(cuts[0][3], cuts[2][3])
     assert cuts[0][3].shape == (3, 224, 224)
+    assert imagenet.stacked([cuts[0][3]] * 2).shape == (2, 3, 224, 224)
+
+
+def test_a_rank_without_pictures_feeds_none(pictures, monkeypatch):
+    """The last batch may have fewer pictures than there are ranks."""
+    monkeypatch.setattr(tasks.ranks, "part", lambda batch: batch[2:])
+    task = tasks.Streamed(*pictures, imagenet.CLASS_NAMES, "made for a test")
+    fed = list(task.feed((torch.arange(4), torch.tensor([4, 5])), True, 0, 0))
+    assert [tuple(x.shape) for x, _ in fed] == [(2, 3, 224, 224), (0, 3, 224, 224)]
+    assert [y.tolist() for _, y in fed] == [[200, 300], []]
 
 
 def test_parts_have_the_published_areas_and_shapes():

@@ -81,6 +81,6 @@ def sentences(name: str) -> tuple[Sentences, Any, Any]:
         columns = found[split].column_names
         if missing := [c for c in (*what.columns, what.label) if c not in columns]:
             raise DataError(f"{name} has no column {missing[0]!r}, but {', '.join(columns)}")
-        if min(found[split][what.label], default=-1) < 0:
+        if min(found[split].unique(what.label), default=-1) < 0:
             raise DataError(f"{name} has no labels in its split {split!r}")
     return what, found[what.train], found[what.test]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,13 @@ class Pictures(Dataset[Tensor]):
         cut = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
         pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).float().div_(255)
         mean, std = (torch.tensor(moment).view(-1, 1, 1) for moment in (MEAN, STD))
-        return pixels.sub_(mean).div_(std).flip(2) if mirrored else pixels.sub_(mean).div_(std)
+        pixels.sub_(mean).div_(std)
+        return pixels.flip(2) if mirrored else pixels
+
+
+def stacked(pictures: Sequence[Tensor]) -> Tensor:
+    """A batch; a rank's part of one may be empty."""
+    return torch.stack(list(pictures)) if pictures else torch.zeros(0, 3, SIDE, SIDE)
 
 
 def middle(width: int, height: int) -> Box:

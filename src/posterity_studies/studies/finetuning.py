@@ -65,7 +65,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
             for o, every in trials.items()
             for k, settings in enumerate(every)
         ]
-        results = jobs.each(run, calls, progress, f"{subject.name}, trials", [c[4] for c in calls])
+        results = jobs.each(run, calls, progress, "trials", [c[4] for c in calls], bars=True)
         chosen = {}
         for optimizer, every in trials.items():
             mine, results = results[: len(every)], results[len(every) :]
@@ -80,7 +80,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
             (subject, d, chosen[o], seed, folder / f"{o}-{d}-seed{seed}", samples, False)
             for d, o, seed in work
         ]
-        results = jobs.each(run, calls, progress, subject.name, [c[4] for c in calls])
+        results = jobs.each(run, calls, progress, "runs", [c[4] for c in calls], bars=True)
         for (domain, optimizer, _), result in zip(work, results, strict=True):
             for way, each in result["test"].items():
                 found.setdefault((subject.name, domain, f"{optimizer}, {way}"), []).append(each)

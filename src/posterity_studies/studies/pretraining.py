@@ -24,7 +24,7 @@ from posterity_studies.pretrain import RECIPES, Pretraining, held_rows, load, pr
 from posterity_studies.recipes import UserError
 from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
 from posterity_studies.studies.pictures import label, picture
-from posterity_studies.train import Progress
+from posterity_studies.train import Progress, silent
 
 TEXTS = ("anarchism", "dictionary")
 COUNTS, TRIED = (1, 8, 32), (8,)  # posterior samples: of results and of trials
@@ -86,7 +86,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         for o, seed in work
     ]
     found: dict[str, list[dict[str, Any]]] = {o: [] for o in chosen}
-    results = jobs.each(trained, calls, progress, "runs", [call[0] for call in calls])
+    results = jobs.each(trained, calls, progress, "runs", [c[0] for c in calls], bars=True)
     for (optimizer, _), (run, scores) in zip(work, results, strict=True):
         found[optimizer].append({**run, "scores": scores})
     rows = [row for optimizer in found for row in table(LABELS[optimizer], found[optimizer])]
@@ -120,7 +120,7 @@ def search(
     short = replace(size.full, steps=size.trial_steps, every=size.trial_steps)
     work = [(o, k, s) for o, every in TRIALS.items() for k, s in enumerate(every[: size.trials])]
     calls = [(out / f"{o}-{k}", short, s, 0, None, 0, size.test, TRIED) for o, k, s in work]
-    results = jobs.each(tried, calls, progress, "trials", [call[0] for call in calls])
+    results = jobs.each(tried, calls, progress, "trials", [c[0] for c in calls], bars=True)
     known: dict[str, list[tuple[float, int, Settings, Scores]]] = {o: [] for o in TRIALS}
     for (optimizer, k, settings), scores in zip(work, results, strict=True):
         loss = scores.get(str(max(TRIED)), scores.get("mean", math.inf))
@@ -133,10 +133,10 @@ def search(
     return chosen
 
 
-def tried(*call: Any) -> Scores:
+def tried(*call: Any, progress: Progress = silent) -> Scores:
     """The scores of :func:`trained`; none where training diverged."""
     try:
-        return trained(*call)[1]
+        return trained(*call, progress=progress)[1]
     except UserError as error:
         if "diverged" not in str(error):
             raise
@@ -152,6 +152,7 @@ def trained(
     part: int,
     test: int,
     counts: tuple[int, ...],
+    progress: Progress = silent,
 ) -> tuple[dict[str, Any], Scores]:
     """A run, and its losses on a half of the held-out text; what is done is read.
 
@@ -164,18 +165,19 @@ def trained(
         part: 0 for the half to choose by, which is also looked at in training, 1 for the other.
         test: how many sequences of it are scored.
         counts: how many posterior samples are averaged.
+        progress: of its steps and samples.
     """
     if place is None:
         train, held, _ = corpus()
     else:
         read = tokens.load(place)
         train, held = read["train"], read["held"].tensor_split(2)
-    run = pretrain(what, settings, seed, folder, train, held[0])
+    run = pretrain(what, settings, seed, folder, train, held[0], progress)
     kept = folder / "scores.json"
     if not kept.exists():
         model, posterior = load(folder)
         rows = held_rows(held[part], replace(what, held=test))
-        runs.write_json(kept, dict(scored(model, rows, posterior, counts)))
+        runs.write_json(kept, dict(scored(model, rows, posterior, counts, progress)))
     return run, runs.read_json(kept)
 
 

@@ -55,9 +55,9 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     trials = {o: every[:count] for o, every in TRIALS.items()}
     work = [(t, s) for t in tables for every in trials.values() for s in every]
     tried = jobs.each(tried_on, [(t, s, epochs) for t, s in work], progress, "trials")
-    known = dict(zip([(t, repr(s)) for t, s in work], tried, strict=True))
+    known = dict(zip(work, tried, strict=True))
     chosen = {
-        t: {o: min(every, key=lambda s, t=t: known[t, repr(s)]) for o, every in trials.items()}
+        t: {o: min(every, key=lambda s, t=t: known[t, s]) for o, every in trials.items()}
         for t in tables
     }
     calls = [
@@ -80,7 +80,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         rows.append(row)
     draw(out / "tabular.png", found)
     settings = {t: {o: asdict(s) for o, s in each.items()} for t, each in chosen.items()}
-    losses = [{"table": t, "settings": asdict(s), "NLL": known[t, repr(s)]} for t, s in work]
+    losses = [{"table": t, "settings": asdict(s), "NLL": known[t, s]} for t, s in work]
     read = packages.PACKAGES["tables"].sha256
     each = {f"{table}, {method}": scores for (table, method), scores in found.items()}
     return {"rows": rows, "data": read, "settings": settings, "trials": losses, "each": each}
