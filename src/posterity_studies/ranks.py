@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -45,6 +46,9 @@ def joined() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # Gloo's threads outlive the group, and one that drops its last tensor while the
+        # interpreter ends aborts the process (pytorch/pytorch#179291).
+        time.sleep(0.5)
 
 
 def device() -> torch.device:
