@@ -70,6 +70,22 @@ def test_a_block_without_weight_is_its_shortcut():
     assert torch.equal(y[:, 16:], torch.zeros(2, 16, 4, 4))
 
 
+def test_in_bfloat16_it_is_the_same_network_a_rounding_apart():
+    torch.manual_seed(0)
+    plain, half = NETWORKS["resnet20"](10), NETWORKS["resnet20-bf16"](10)
+    half.load_state_dict(plain.state_dict())
+    x = torch.randn(16, 3, 32, 32)
+    ours, theirs = half(x), plain(x)
+    assert ours.dtype == torch.float32
+    spread = (ours - theirs).norm() / theirs.norm()
+    assert 1e-4 < spread < 5e-2
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    for p, q in zip(half.parameters(), plain.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        assert torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.9
+
+
 def test_the_regression_network_has_a_mean_and_a_noise():
     mean, noise = Regression(7)(torch.randn(5, 7))
     assert mean.shape == noise.shape == (5,)

@@ -13,6 +13,7 @@ from posterity_studies.models.resnet import (
     preresnet110,
     resnet18,
     resnet20,
+    resnet20_bf16,
     resnet50,
 )
 
@@ -91,6 +92,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "tiny": tiny,
     "alexnet": alexnet,
     "resnet20": resnet20,
+    "resnet20-bf16": resnet20_bf16,
     "resnet20-frn": partial(resnet20, norm="filter_response"),
     "resnet18": resnet18,
     "resnet50": resnet50,

@@ -92,6 +92,27 @@ def resnet20(classes: int = 10, norm: str = "batch") -> nn.Module:
     return nn.Sequential(conv(3, 16, 3), make(16), act(), *blocks, *_head(64, classes))
 
 
+class Bf16(nn.Sequential):
+    """Layers that autocast to bfloat16, on channels-last images; weights and outputs are float32.
+
+    Twice as fast as float32 on a CPU with AMX; on one without, much slower.
+    """
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+        nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) → what the last layer makes of it."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def resnet20_bf16(classes: int = 10) -> nn.Module:
+    """:func:`resnet20` in bfloat16."""
+    return Bf16(*resnet20(classes).children())
+
+
 def resnet18(classes: int = 10, norm: str = "batch") -> nn.Module:
     """ResNet-18 for images of 32 or 64 pixels: 64 to 512 channels, 11M weights."""
     make, act = NORMS[norm]
