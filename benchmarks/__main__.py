@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks import cases
 from benchmarks.gate import gate
+from benchmarks.memory import peak
 from benchmarks.peers import BASE
 from posterity_studies.runs import provenance, replacing, write_json
 
@@ -63,7 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     device, rounds = given.device, given.rounds
     if given.peak:
-        print(cases.peak(given.peak, given.numel, device))
+        print(peak(given.peak, given.numel, device))
         return
     console, found = Console(), Found()
     errors = gate(device)

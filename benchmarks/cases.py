@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import BASE, PEERS, nothing, parameters
+from benchmarks.ranks import NUMEL, WAYS
 from benchmarks.timing import ratio
 from posterity import Posterior
 from posterity_studies.models.gpt import GPT, GPTConfig
@@ -74,8 +73,6 @@ def memory(numel: int, device: str) -> Rows:
 
 def ranks() -> Rows:
     """What each of two ranks sends in a step, and its peak memory, in new processes."""
-    from benchmarks.ranks import NUMEL, WAYS
-
     exact = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -86,26 +83,6 @@ def ranks() -> Rows:
         environment = {**os.environ, **exact}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         yield f"a rank of two, {NUMEL / 1e6:.0f}M parameters", way, json.loads(done.stdout)
-
-
-def peak(name: str, numel: int, device: str) -> float:
-    """Peak memory of this process for five steps, less what it had before, in parameter sizes."""
-    peer = PEERS[name]
-    warm = peer.build(parameters([(8,)], device))  # what any use of the library takes
-    peer.step(warm, nothing)
-    before = peak_bytes(device)
-    params = parameters([(numel // 50,)] * 50, device)
-    opt = peer.build(params)
-    for _ in range(5):
-        peer.step(opt, nothing)
-    return (peak_bytes(device) - before) / (4 * numel)
-
-
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()  # getrusage's peak is the parent's, across exec
-    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
 
 
 Network = tuple[str, nn.Module, Callable[[nn.Module], Tensor]]  # with the loss of a batch

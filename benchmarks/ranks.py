@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.cases import peak_bytes
+from benchmarks.memory import peak_bytes
 from posterity import IVON, reduce_per_rank
 
 LAYERS, WIDTH, STEPS = 20, 1024, 5

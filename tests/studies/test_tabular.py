@@ -64,7 +64,7 @@ def test_the_study_is_resumed(tmp_path):
     assert [row["method"] for row in found["rows"]] == [
         title for pair in study.TITLES.values() for title in pair
     ]
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
-    assert len(before) == 4
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+    assert len(before) == 4 + 2  # two splits, and a trial, of each optimizer
     assert study.study(tmp_path, [0, 1], "smoke", silent) == found
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}

@@ -53,9 +53,11 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     tables = list(tabular.TABLES)[: 1 if smoke else None]
     epochs, count = (1, 1) if smoke else (EPOCHS, None)
     trials = {o: every[:count] for o, every in TRIALS.items()}
-    work = [(t, s) for t in tables for every in trials.values() for s in every]
-    tried = jobs.each(tried_on, [(t, s, epochs) for t, s in work], progress, "trials")
-    known = dict(zip(work, tried, strict=True))
+    work = [(t, o, k) for t in tables for o, every in trials.items() for k in range(len(every))]
+    kept = [out / "trials" / f"{t}-{o}-{k}.json" for t, o, k in work]
+    given = [(path, t, trials[o][k], epochs) for path, (t, o, k) in zip(kept, work, strict=True)]
+    tried = jobs.each(tried_on, given, progress, "trials", kept)
+    known = {(t, settings): loss for (_, t, settings, _), loss in zip(given, tried, strict=True)}
     chosen = {
         t: {o: min(every, key=lambda s, t=t: known[t, s]) for o, every in trials.items()}
         for t in tables
@@ -80,7 +82,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         rows.append(row)
     draw(out / "tabular.png", found)
     settings = {t: {o: asdict(s) for o, s in each.items()} for t, each in chosen.items()}
-    losses = [{"table": t, "settings": asdict(s), "NLL": known[t, s]} for t, s in work]
+    losses = [{"table": t, "settings": asdict(s), "NLL": loss} for (t, s), loss in known.items()]
     read = packages.PACKAGES["tables"].sha256
     each = {f"{table}, {method}": scores for (table, method), scores in found.items()}
     return {"rows": rows, "data": read, "settings": settings, "trials": losses, "each": each}
@@ -129,13 +131,20 @@ def scored(model: nn.Module, posterior: Samples | None, data: Data, unit: float)
     return {"RMSE": unit * (p.mean - data[1]).square().mean().sqrt().item(), "NLL": nll}
 
 
-def tried_on(table: str, settings: Settings, epochs: int) -> float:
-    """NLL on the last tenth of the first split's training rows; infinite where it diverged."""
+def tried_on(path: Path, table: str, settings: Settings, epochs: int) -> float:
+    """NLL on the last tenth of the first split's training rows; infinite where it diverged.
+
+    It is kept in a file.
+    """
+    if path.exists():
+        return runs.read_json(path)
     (x, y), _, unit = split(table, 0)
     kept = round(0.9 * len(y))
     model, posterior = fitted((x[:kept], y[:kept]), settings, 0, epochs)
     loss = scored(model, posterior, (x[kept:], y[kept:]), unit)["NLL"]
-    return loss if math.isfinite(loss) else math.inf
+    loss = loss if math.isfinite(loss) else math.inf
+    runs.write_json(path, loss)
+    return loss
 
 
 def judged(
