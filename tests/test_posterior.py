@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Independent, MixtureSameFamily, Normal, kl_divergence
 
+from posterity import Mixture, Posterior, storage
 from posterity import posterior as module
-from posterity import storage
 from posterity.binding import bind, clean_name
 from posterity.ops import noise
-from posterity.posterior import Mixture, Posterior
 
 SHAPES = {"a.weight": (7, 11), "a.bias": (7,), "b": (300,), "scalar": ()}
 
@@ -539,7 +538,7 @@ def test_same_samples_in_a_new_process(tmp_path):
     mixture.save(tmp_path / "m")
     script = """if True:
         import sys
-        from posterity.posterior import Mixture, Posterior
+        from posterity import Mixture, Posterior
         from safetensors.torch import save_file
         q, m = Posterior.load(sys.argv[1] + "/q"), Mixture.load(sys.argv[1] + "/m")
         both = {f"q{i}{n}": t for i in range(3) for n, t in q.sample(11, i).items()}

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Categorical
 from torch.utils.data import DataLoader, TensorDataset
 
-from posterity.posterior import Mixture, Posterior
+from posterity import Mixture, Posterior
 from posterity.prediction import predict
 
 

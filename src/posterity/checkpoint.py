@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .distributed import is_sharded
 from .groups import Group
-from .sampling import SUMS, Window
+from .window import SUMS, Window
 
 SHAPED = {"momentum", "hess", "mean", *SUMS}  # state of its parameter's shape
 

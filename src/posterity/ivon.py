@@ -19,13 +19,13 @@ from .posterior import Posterior
 from .sampling import (
     Draw,
     Slot,
-    Window,
     forget_copies,
     mean_at_rest,
     params_of,
     state_of,
     touch,
 )
+from .window import Window
 
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "

@@ -24,7 +24,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from .batches import Pairs
 from .binding import Tensors, call, clean_name, evaluating, floats, placed
 from .metrics import IGNORED
-from .posterior import Mixture, Posterior
+from .mixture import Mixture
+from .posterior import Posterior
 from .prediction import Likelihood
 from .variances import (
     Form,

@@ -14,12 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed as ranks
-from .binding import Samples, Tensors, call, clean_name, evaluating, floats, items, placed
-from .posterior import Posterior
+from .binding import Samples, call, evaluating, floats, items, placed
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 
@@ -65,7 +63,7 @@ class Prediction:
     @property
     def entropy(self) -> Tensor:
         """H[p̄] in nats, without the dimension of classes: the total uncertainty."""
-        return _entropy(self._of("log_probs").exp())
+        return entropy(self._of("log_probs").exp())
 
     @property
     def mutual_information(self) -> Tensor:
@@ -139,8 +137,7 @@ def predict(
 
     Example:
         >>> import torch
-        >>> from posterity.posterior import Posterior
-        >>> from posterity.prediction import predict
+        >>> from posterity import Posterior, predict
         >>> model = torch.nn.Linear(2, 3)
         >>> mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         >>> precision = {name: torch.ones_like(p) for name, p in model.named_parameters()}
@@ -183,89 +180,6 @@ def predict(
         for running in totals:
             running.merge()
     return Prediction(likelihood, samples, **_joined([total.result() for total in totals]))
-
-
-def update_bn(
-    model: nn.Module, posterior: Posterior, loader: Iterable[Any], samples: int = 8, seed: int = 0
-) -> Posterior:
-    """The posterior with BatchNorm statistics of ``loader``'s data, averaged over its samples.
-
-    The running statistics that training leaves are averages over its last batches, each seen by a
-    sample of what was then the posterior. These are averages over all batches and S samples of
-    this one: of each channel's mean, and of its variance within a batch. (The variance between
-    samples is no part of it: in training, too, each sample is normalised with its own.) They are
-    one set of buffers, which every sample of :func:`predict` uses, so that the network is one
-    function of θ; for the mean alone, ``samples=0`` gives what :func:`torch.optim.swa_utils.
-    update_bn` gives there.
-
-    Args:
-        model: a module that the posterior fits; afterwards it is as it was. Only BatchNorm layers
-            run in train mode, all others as in :func:`predict`.
-        posterior: its other buffers stay. Of a mixture, pass each component.
-        loader: batches of training inputs, or of (inputs, targets), as for :func:`predict`. It is
-            traversed once per sample and may shuffle and augment; each batch counts the same.
-        samples: S; sample s is ``posterior.sample(seed, s)``. 0 takes the mean instead.
-        seed: of the stream of samples.
-
-    Raises:
-        ValueError: no BatchNorm layer keeps statistics, there are no data, ``samples`` is negative,
-            or the posterior does not fit the model.
-
-    Example:
-        >>> import torch
-        >>> from posterity import Posterior, update_bn
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-        >>> mean = dict(model.named_parameters())
-        >>> posterior = Posterior(mean, {name: torch.full_like(m, 9.0) for name, m in mean.items()})
-        >>> posterior = update_bn(model, posterior, torch.randn(64, 2).split(16))
-        >>> posterior.buffers["1.running_mean"].shape
-        torch.Size([3])
-    """
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
-    if not norms:
-        raise ValueError("the model has no BatchNorm layer that keeps running statistics")
-    if samples < 0:
-        raise ValueError(f"a negative number of samples: {samples}")
-    kept = {
-        clean_name(name): buffer
-        for prefix, norm in norms.items()
-        for name, buffer in norm.named_buffers(prefix)
-    }
-    bare = posterior._but(buffers={n: b for n, b in posterior.buffers.items() if n not in kept})
-    loader = list(loader) if iter(loader) is loader else loader
-    seen = 0
-    with evaluating(model), torch.no_grad(), _gathering(norms.values()):
-        for index in range(max(samples, 1)):
-            here = bare.sampled(model, seed, index) if samples else bare.at_mean(model)
-            with here, _sampled(model, None, seed, index, False) as forward:
-                for seen, batch in enumerate(loader, 1):  # noqa: B007
-                    forward(batch[0] if isinstance(batch, (tuple, list)) else batch)
-        if not seen:
-            raise ValueError("there are no data")
-        device = next(iter(posterior.mean.values())).device
-        found: Tensors = {name: buffer.to(device, copy=True) for name, buffer in kept.items()}
-    return posterior._but(buffers=posterior.buffers | found)
-
-
-@contextmanager
-def _gathering(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """BatchNorm layers average over all that they see from here on; then they are as before."""
-    before = [(norm, norm.momentum, [b.clone() for b in norm.buffers()]) for norm in norms]
-    for norm, _, _ in before:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, momentum, buffers in before:
-            norm.momentum = momentum
-            for buffer, held in zip(norm.buffers(), buffers, strict=True):
-                buffer.copy_(held)
 
 
 class _Running:
@@ -315,7 +229,7 @@ class _Classes:
             raise ValueError("one class only: for a single logit use likelihood='bernoulli'")
         probs = log_probs.exp()
         self.probs.add(probs)
-        self.entropy.add(_entropy(probs))
+        self.entropy.add(entropy(probs))
         self.total = log_probs if self.total is None else self.join(self.total, log_probs)
 
     def merge(self) -> None:
@@ -333,7 +247,7 @@ class _Classes:
         assert self.total is not None
         if self.join is torch.add:
             self.total /= self.probs.count
-        information = _entropy(self.probs.mean) - self.entropy.mean
+        information = entropy(self.probs.mean) - self.entropy.mean
         variance = self.probs.variance
         return {
             "_log_probs": log_softmax(self.total, -1),  # of sums over samples: also divides by S
@@ -376,7 +290,8 @@ class _Gaussian:
         }
 
 
-def _entropy(probs: Tensor) -> Tensor:
+def entropy(probs: Tensor) -> Tensor:
+    """−Σ_c p_c log p_c in nats, (…, classes) → (…)."""
     return torch.special.entr(probs).sum(-1)
 
 

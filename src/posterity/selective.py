@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics
-from .posterior import Mixture, Posterior
+from .mixture import Mixture
+from .posterior import Posterior
 from .prediction import Prediction, predict
 
 __all__ = ["Abstention", "Tempering", "abstention", "choose_temperature", "score", "threshold"]

@@ -1,0 +1,51 @@
+"""What scoring and generation share: samples in the model, and averages over them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..binding import Samples
+from ..prediction import entropy
+
+
+class Average:
+    """Running totals over samples: class probabilities, and their entropies."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.entropies = torch.zeros(())
+
+    def add(self, log_probs: Tensor) -> None:
+        """One sample's log-probabilities (…, classes)."""
+        probs = log_probs.exp()
+        self.count += 1
+        self.entropies = entropy(probs) + self.entropies
+        self.total = probs.add_(self.total)
+
+    @property
+    def probs(self) -> Tensor:
+        """p̄, the mean over the samples."""
+        return self.total / self.count
+
+    def uncertainty(self) -> tuple[Tensor, Tensor]:
+        """H[p̄] and H[p̄] − mean_s H[p_s], in nats."""
+        total = entropy(self.probs)
+        return total, (total - self.entropies / self.count).clamp_(min=0)
+
+
+def number(posterior: Samples | None, samples: int) -> int:
+    """How many forward passes so many samples take; ValueError for none."""
+    if samples < 1:
+        raise ValueError(f"needs at least one sample, not {samples}")
+    return 1 if posterior is None else samples
+
+
+def holding(
+    model: nn.Module, posterior: Samples | None, seed: int, index: int
+) -> AbstractContextManager[Any]:
+    """A context in which the model holds sample ``index``."""
+    return nullcontext() if posterior is None else posterior.sampled(model, seed, index)

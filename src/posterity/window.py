@@ -1,0 +1,286 @@
+"""The window of samples that wait for a step; all three ways to train go through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .distributed import local
+from .groups import low_precision
+from .sampling import (
+    Draw,
+    Runs,
+    Slot,
+    Spare,
+    forget_copies,
+    mean_at_rest,
+    params_of,
+    runs,
+    state_of,
+    touch,
+)
+
+SUMS = ("grad_sum", "product_sum")  # of the window's finished samples, in the state until step()
+CHANGED = (
+    "a gradient changed after its sampling context was left, where it can no longer count. Clip, "
+    "unscale and accumulate inside `with opt.sampled_params(train=True):`; only with a single "
+    "sample before step() do changes in place after it count too."
+)
+TWICE = (
+    'samples="per_rank": a second backward pass with this sample would average its gradients '
+    "twice: run all but the last inside `with ddp.no_sync():`"
+)
+
+
+class Window:
+    """The training samples since the last step.
+
+    The latest one (``draw``) is live, or left and held with its gradients by reference; the ones
+    before it are summed up in the state, and their gradients sealed: a change would be lost.
+    """
+
+    def __init__(self):
+        self.draw: Draw | None = None
+        self.sealed: list[tuple[Tensor, Tensor | None, int]] = []
+        self.aside: dict[int, Tensor] = {}  # the means, while an evaluation sample stands
+        self.spare: Spare = {}
+        self._last: tuple[list[Slot], Any, Runs] = [], None, []
+
+    def runs(self, slots: list[Slot]) -> Runs:
+        """As :func:`runs`, of slots that fit; mostly the same ones as the last time."""
+        fused = slots[0].group["fused"] if slots else None
+        if (slots, fused) != self._last[:2]:
+            self._last = slots, fused, runs(slots)
+        return self._last[2]
+
+    def renew(self, slot: Slot) -> None:
+        """Know a parameter that has moved since its sample was drawn as it is now."""
+        draw = self.draw
+        if draw is not None and (old := draw.slots.get(slot.number)) and old.param is slot.param:
+            draw.slots[slot.number] = slot
+
+    def prune(self, numbers: Iterable[int]) -> None:
+        """Keep memory for the means of these parameters alone."""
+        self.spare = {n: self.spare[n] for n in numbers if n in self.spare}
+        self._last = [], None, []
+
+    def mean(self, slot: Slot) -> Tensor:
+        """The mean in the state's precision, whatever stands in the parameter."""
+        if slot.number in self.aside:
+            return self.aside[slot.number]
+        draw = self.draw
+        return draw.mean(slot) if draw is not None and draw.live else mean_at_rest(slot)
+
+    @contextmanager
+    def evaluating(self, draw: Draw, slots: list[Slot]) -> Iterator[None]:
+        """An evaluation sample, around the mean; then again what stood there, if a live sample."""
+        with torch.no_grad():
+            live = self.draw is not None and self.draw.live
+            means = {s.number: self.mean(s).clone() for s in slots}
+            standing = [
+                (p, p.clone() if live or low_precision(p) else mean)
+                for p, mean in zip(params_of(slots), means.values(), strict=True)
+            ]
+        self.aside = means
+        try:
+            with torch.no_grad():
+                forget_copies()
+                for ops, run in self.runs(slots):
+                    mine = [means[s.number] for s in run]
+                    hess, noise = state_of(run, "hess"), draw.noise(run)
+                    ops.sample(params_of(run), mine, hess, noise, **run[0].width)
+                touch(slots)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in standing:
+                    p.copy_(value)
+                touch(slots)
+            self.aside = {}
+            forget_copies()
+
+    def open(self, draw: Draw, slots: list[Slot], store_mean: bool) -> None:
+        """Begin a sample."""
+        self.draw, self.sealed = draw, []
+        try:
+            self.enter(slots, store_mean)
+        except BaseException:
+            self.draw = None
+            raise
+
+    def enter(self, slots: list[Slot], store_mean: bool) -> None:
+        """Put the sample into the parameters of ``slots``."""
+        assert self.draw is not None
+        self.draw.enter(self.runs(slots), store_mean, self.spare if store_mean else {})
+
+    def hold(self) -> None:
+        """Restore the mean and hold the sample's gradients."""
+        if draw := self.draw:
+            draw.leave()
+            grads = ((number, s.param.grad) for number, s in draw.slots.items())
+            draw.held = {number: (g, g._version) for number, g in grads if g is not None}
+
+    def drop(self) -> None:
+        """Restore the mean and forget the latest sample with its gradients."""
+        if draw := self.draw:
+            draw.leave()
+            for s in draw.slots.values():
+                s.param.grad = None
+            self.draw = None
+
+    def end(self, states: Iterable[dict[str, Any]]) -> None:
+        """Restore the mean and forget all samples."""
+        if self.draw is not None:
+            self.draw.leave()
+        for state in states:
+            for name in SUMS:
+                state.pop(name, None)
+        self.draw, self.sealed = None, []
+
+    def close(self, *, last: bool, checked: bool = False) -> bool:
+        """Restore the mean and let the latest sample join the sums; whether it had a gradient.
+
+        Args:
+            last: no sample follows before the step, so that changes in place since it was left
+                count (clipping, unscaling).
+            checked: GradScaler looked for overflows, which multiplies gradients by one in place.
+        """
+        draw = self.draw
+        slots, grads = self.gradients(last=last, checked=checked)
+        if draw is None:
+            return False
+        draw.leave()
+        again = [s for s in slots if SUMS[0] in s.state]
+        for slot in slots:
+            if SUMS[0] not in slot.state:
+                slot.state.update(_no_sums(slot))
+        self._add(slots, grads, [s.state for s in slots])
+        for slot in again:
+            if slot.param.grad is not None:  # GradScaler must see any sample's overflow
+                for name in SUMS:
+                    slot.param.grad.add_(slot.state[name] * 0)
+        self.draw = None
+        held = [(s.param, s.param.grad) for s in draw.slots.values()]
+        self.sealed = [(p, grad, 0 if grad is None else grad._version) for p, grad in held]
+        return bool(slots)
+
+    def _verify(self, allowed: int) -> None:
+        """Raise where a gradient that was summed up already has changed since."""
+        sealed, self.sealed = self.sealed, []
+        for p, grad, version in sealed:
+            same = p.grad is grad and (grad is None or grad._version <= version + allowed)
+            if not same and p.grad is not None and local(p.grad).any():
+                raise RuntimeError(CHANGED)
+
+    def gradients(self, *, last: bool, checked: bool = False) -> tuple[list[Slot], list[Tensor]]:
+        """The slots that have a gradient of the latest sample, and these gradients."""
+        self._verify(int(checked))
+        slots, grads = [], []
+        if (draw := self.draw) is None:
+            return slots, grads
+        for number, slot in draw.slots.items():
+            p = slot.param
+            grad = p.grad
+            if draw.way == "context":
+                held, version = draw.held.get(number, (None, 0))
+                replaced = grad is not None and grad is not held and bool(local(grad).any())
+                if replaced or (not last and held is not None and held._version != version):
+                    raise RuntimeError(CHANGED)
+                grad = held
+            if grad is None:
+                continue
+            if grad.shape != p.shape or grad.device != p.device:
+                raise RuntimeError(
+                    f"parameter {number}, {tuple(p.shape)} on {p.device}, has a gradient "
+                    f"{tuple(grad.shape)} on {grad.device}: its data was replaced since"
+                )
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"IVON needs dense gradients, but parameter {number} of shape "
+                    f"{tuple(p.shape)} got a {grad.layout} one: pass sparse=False to nn.Embedding"
+                )
+            slots.append(slot)
+            grads.append(grad if slot.pieces is None else local(distributed.placed(grad, p)))
+        return slots, grads
+
+    def contribution(self) -> Iterator[tuple[Slot, dict[str, Any]]]:
+        """The latest sample's sums of each parameter, as they would be after :meth:`close`."""
+        slots, grads = self.gradients(last=True)
+        for slot, grad in zip(slots, grads, strict=True):  # one at a time: little memory
+            sums = _no_sums(slot)
+            self._add([slot], [grad], [sums])
+            yield slot, sums
+
+    def _add(self, slots: list[Slot], grads: list[Tensor], sums: list[dict[str, Any]]) -> None:
+        """Add the latest sample to the sums of each parameter."""
+        assert self.draw is not None
+        totals, products = ([local(s[name]) for s in sums] for name in SUMS)
+        found = self.draw.rank_products(slots)
+        if found is None:
+            self._accumulate(slots, grads, totals, products)
+            return
+        for grad, total, product, mine in zip(grads, totals, products, found, strict=True):
+            total += grad
+            product += mine
+
+    def rank_products(self, params: list[Tensor], grads: list[Tensor]) -> Tensor:
+        """The products of this rank's gradients with its own displacement, one after another."""
+        draw = self.draw
+        if draw is None or draw.products is None or not draw.live:
+            raise RuntimeError(
+                "posterity.reduce_per_rank is for backward passes at a training sample of "
+                'IVON(..., samples="per_rank")'
+            )
+        dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+        sizes, places = [g.numel() for g in grads], {id(s.param): s for s in draw.slots.values()}
+        total, products = (
+            torch.zeros(sum(sizes), dtype=dtype, device=grads[0].device) for _ in range(2)
+        )
+        known = []
+        columns = params, grads, total.split(sizes), products.split(sizes)
+        for p, *column in zip(*columns, strict=True):
+            if (slot := places.get(id(p))) is None:  # not trained by this optimizer
+                continue
+            if slot.number in draw.products:
+                raise RuntimeError(TWICE)
+            known.append((slot, *(t.view(p.shape) for t in column)))
+        if known:
+            self._accumulate(*map(list, zip(*known, strict=True)))
+        return products
+
+    def keep_products(self, params: list[Tensor], products: Tensor) -> None:
+        """The averages over ranks of what :meth:`rank_products` made."""
+        if self.draw is None or self.draw.products is None:
+            return
+        places = {id(s.param): s.number for s in self.draw.slots.values()}
+        for p, product in zip(params, products.split([p.numel() for p in params]), strict=True):
+            if id(p) in places:
+                self.draw.products[places[id(p)]] = product.view(p.shape)
+
+    def _accumulate(
+        self,
+        slots: list[Slot],
+        grads: list[Tensor],
+        totals: list[Tensor],
+        products: list[Tensor],
+    ) -> None:
+        """Add gradients at the latest sample, and their products with θ−m, to sums."""
+        assert self.draw is not None
+        place = {s.number: i for i, s in enumerate(slots)}
+        for ops, run in runs(slots):
+            at = [place[s.number] for s in run]
+            mine, means = [grads[i] for i in at], [self.mean(s) for s in run]
+            sums = [totals[i] for i in at], [products[i] for i in at]
+            hess, approx = state_of(run, "hess"), run[0].group["hess_approx"]
+            noise = self.draw.noise(run)
+            width = self.draw.width(run[0])
+            ops.accumulate(*sums, mine, means, hess, noise, approx, **width)
+
+
+def _no_sums(slot: Slot) -> dict[str, Any]:
+    return {name: torch.zeros_like(slot.state["hess"]) for name in SUMS}
