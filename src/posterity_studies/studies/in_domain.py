@@ -132,5 +132,9 @@ def draw(path: Path, found: Mapping[str, Sequence[Judged]]) -> None:
                     label=title,
                 )
         label(panels[0], "Known images: lower left is better", "NLL, nats", "ECE")
+        panels[0].set(xscale="log", yscale="log")  # a method that is far off squeezes no other
+        for axis in (panels[0].xaxis, panels[0].yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}" if axis is panels[0].xaxis else "")
         label(panels[1], "Unknown images: upper right is better", "OOD AUROC", "accuracy")
         panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
