@@ -16,7 +16,7 @@ from posterity_studies.studies.label_noise import quality
 
 QUICK = (
     *("leave-one-out", "label-noise", "ood", "selective", "cost", "gap"),
-    *("in-domain", "mc-samples", "agreement"),
+    *("classification", "in-domain", "mc-samples", "agreement"),
 )
 
 

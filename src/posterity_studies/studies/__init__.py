@@ -21,6 +21,7 @@ from posterity_studies.train import Progress, silent
 Scale = Literal["smoke", "desk", "paper"]
 PAPER = (
     "pretraining",
+    "classification",
     "in-domain",
     "mc-samples",
     "ood",
@@ -30,6 +31,7 @@ PAPER = (
 
 STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "pretraining": "Does IVON train a language model from scratch as well as AdamW?",
+    "classification": "Is a residual network as accurate with IVON, and better calibrated?",
     "leave-one-out": "Does the estimate from training data alone follow the test loss?",
     "in-domain": "How sure should one run be, beside eleven other ways and ensembles?",
     "mc-samples": "How many samples does it take, in training and at test time?",

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from torch import nn
 
 from posterity import Mixture, Posterior
@@ -71,10 +71,13 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
 def _row(title: str, each: Sequence[Judged], sgd: float) -> dict[str, Any]:
     row: dict[str, Any] = {"method": title}
     for metric in METRICS:
-        values = torch.tensor([e[metric] for e in each])
-        row[metric] = f"{values.mean():.4f}"
-        row[metric] += f" ± {values.std():.4f}" if len(each) > 1 else ""
+        row[metric] = spread([e[metric] for e in each])
     return row | {"cost, SGD's": sum(e["seconds"] for e in each) / len(each) / sgd}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, of several."""
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def fitted(title: str, folder: Path, seconds: float, task: Task, chosen: Recipe) -> Judged:
