@@ -151,6 +151,7 @@ def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeyp
     assert [row["method"] for row in found["rows"]] == names
     tokens = [[r["tokens"] for r in every] for every in found["runs"].values()]
     assert tokens[0] == tokens[1]
+    assert len([*(tmp_path / "out").glob("*-seed*")]) == 4 + 2  # trials; the best with seed 1
     assert (tmp_path / "out/pretraining.png").read_bytes().startswith(b"\x89PNG")
     assert pretraining.study(tmp_path / "out", [0, 1], "smoke", silent) == found
 

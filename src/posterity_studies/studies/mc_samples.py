@@ -17,11 +17,11 @@ from torch import Tensor
 
 from posterity import metrics, predict
 from posterity_studies import jobs, runs
-from posterity_studies.recipes import recipe
+from posterity_studies.recipes import Recipe, recipe
 from posterity_studies.settings import Ivon, IvonSamples
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.tasks import load_task
-from posterity_studies.train import EVAL_BATCH, Progress
+from posterity_studies.train import EVAL_BATCH, Progress, silent
 
 TEST = 512
 GROUPS = 8  # at most, of samples
@@ -47,8 +47,9 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         chosen = replace(base, optimizers={"ivon": settings})
         work += [(chosen, "ivon", seed, out / f"{k}-samples-seed{seed}") for seed in seeds]
     results = jobs.train_all(work, progress)
-    task = load_task(base)
-    found = [tested(job[3], task.test, in_test, progress) for job in work]
+    folders = [job[3] for job in work]
+    calls = [(folder, base, in_test) for folder in folders]
+    found = jobs.each(judged, calls, progress, "tests", folders, bars=True)
     rows = []
     for k in in_training:
         mine = [f for job, f in zip(work, found, strict=True) if job[3].name.startswith(f"{k}-")]
@@ -67,11 +68,11 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
                 row[f"{name} spread"] = fmean(f[count][name][1] for f in mine)
             rows.append(row | {"s/epoch": fmean(seconds)})
     draw(out / "mc-samples.png", rows)
-    return {"rows": rows, "data": task.digest}
+    return {"rows": rows, "data": results[0]["provenance"]["data"]}
 
 
-def tested(
-    folder: Path, test: tuple[Tensor, Tensor], samples: int, progress: Progress
+def judged(
+    folder: Path, base: Recipe, samples: int, progress: Progress = silent
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Number of samples (0: the mean) → measure → mean and spread over groups; kept in a file."""
     kept = folder / "mc-samples.json"
@@ -79,7 +80,7 @@ def tested(
         return runs.read_json(kept)
     _, model, posterior = runs.load(folder)
     assert posterior is not None
-    inputs, targets = test
+    inputs, targets = load_task(base).test
     at_mean = predict(model, None, inputs, batch_size=EVAL_BATCH).probs
     found = {"0": spread([at_mean], targets)}
     each = []

@@ -1,8 +1,9 @@
 """A language model from scratch: IVON and AdamW on the same tokens (figures 1 and 2).
 
 A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. Both optimizers have as
-many short trials, judged on one part of the held-out text, IVON's as it will be used: averaged over
-samples. The best is trained in full with every seed and scored on the other part.
+many trials, as long as the runs (what is best after a quarter of the steps is not best in the end),
+with the first seed, judged on one half of the held-out text, IVON's as it will be used: averaged
+over samples. The best is trained with every seed and scored on the other half.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ COUNTS, TRIED = (1, 8, 32), (8,)  # posterior samples: of results and of trials
 LABELS = {"adamw": "AdamW", "ivon": "IVON"}
 TRIALS: dict[str, list[Settings]] = {  # as many of each
     "adamw": [
-        LanguageAdamw(lr=lr, beta2=b) for b in (0.95, 0.99) for lr in (1e-3, 2e-3, 3e-3, 5e-3)
+        LanguageAdamw(lr=lr, beta2=beta2)
+        for lr, beta2 in ((2e-3, 0.95), (3e-3, 0.95), (5e-3, 0.95), (3e-3, 0.99))
     ],
+    # noise alone, by (3), holds h at λg²/(2·memory) or so: steps go as lr·memory/λ
     "ivon": [
         LanguageIvon(lr=lr, ess=ess, memory=memory)
         for lr, ess, memory in (
-            *((1000, 1e10, 2e3), (1500, 1e10, 2e3), (1000, 1e10, 5e2), (1500, 1e10, 5e2)),
-            *((1000, 1e9, 2e3), (1000, 1e9, 5e2), (1000, 3e9, 1e3), (1500, 3e9, 1e3)),
+            (1e3, 1e10, 2e3),
+            (1e3, 3e9, 1e3),
+            (2e3, 1e10, 5e2),
+            (1e3, 1e9, 5e2),
         )
     ],
 }
@@ -45,25 +50,23 @@ TRIALS: dict[str, list[Settings]] = {  # as many of each
 
 Corpus = tuple[Tensor, tuple[Tensor, Tensor], str]
 Scores = Mapping[str, float]
+Chosen = tuple[int, Settings, list[dict[str, Any]]]  # of the trials: number, settings, and all
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is trained in full, how long a trial is, and how many there are."""
+    """What is trained, how many trials there are, and on how many sequences all is scored."""
 
-    full: Pretraining
-    trial_steps: int
-    trials: int = 8
-    test: int = 256  # sequences that the results are scored on
+    what: Pretraining
+    trials: int = 4
+    test: int = 256
 
 
 SCALES = {
-    "desk": Scale(
-        Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True), 400
-    ),
+    "desk": Scale(Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True)),
     "smoke": Scale(
         Pretraining(GPTConfig(1, 2, 16, 32, vocabulary=256), steps=4, batch=2, every=2, held=2),
-        *(2, 2, 4),
+        *(2, 4),
     ),
 }
 
@@ -72,18 +75,19 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     """Held-out loss of each optimizer at its best settings; nats a byte, means over seeds."""
     if scale == "paper":  # its settings need no trials
         what, settings = RECIPES["gpt2"]
-        size, place = Scale(what, what.steps), out / "tokens"
+        size, place = Scale(what), out / "tokens"
         facts = tokens.prepare("Skylion007/openwebtext", place, progress)
         digest = f"{facts['corpus']}, {facts['documents']} documents"
-        chosen: dict[str, tuple[Settings, list[Any]]] = {o: (s, []) for o, s in settings.items()}
+        chosen: dict[str, Chosen] = {o: (0, s, []) for o, s in settings.items()}
     else:
         size, place = SCALES[scale], None
         digest = corpus()[2]
-        chosen = search(out / "trials", size, progress)
+        chosen = search(out, size, seeds[0], progress)
     work = [(o, seed) for seed in seeds for o in chosen]
     calls = [
-        (out / f"{o}-seed{seed}", size.full, chosen[o][0], seed, place, 1, size.test, COUNTS)
+        (_folder(out, o, k, seed), size.what, settings, seed, place, 1, size.test, COUNTS)
         for o, seed in work
+        for k, settings, _ in [chosen[o]]
     ]
     found: dict[str, list[dict[str, Any]]] = {o: [] for o in chosen}
     results = jobs.each(trained, calls, progress, "runs", [c[0] for c in calls], bars=True)
@@ -94,8 +98,8 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     return {
         "rows": rows,
         "data": digest,
-        "trials": {o: tried for o, (_, tried) in chosen.items()},
-        "settings": {o: asdict(settings) for o, (settings, _) in chosen.items()},
+        "trials": {o: tried for o, (_, _, tried) in chosen.items()},
+        "settings": {o: asdict(settings) for o, (_, settings, _) in chosen.items()},
         "size": asdict(size),
         "runs": found,
     }
@@ -113,24 +117,29 @@ def corpus() -> Corpus:
     )
 
 
-def search(
-    out: Path, size: Scale, progress: Progress
-) -> dict[str, tuple[Settings, list[dict[str, Any]]]]:
+def search(out: Path, size: Scale, seed: int, progress: Progress) -> dict[str, Chosen]:
     """Of each optimizer the trial of the lowest loss, and all of them, best first."""
-    short = replace(size.full, steps=size.trial_steps, every=size.trial_steps)
     work = [(o, k, s) for o, every in TRIALS.items() for k, s in enumerate(every[: size.trials])]
-    calls = [(out / f"{o}-{k}", short, s, 0, None, 0, size.test, TRIED) for o, k, s in work]
+    calls = [
+        (_folder(out, o, k, seed), size.what, s, seed, None, 0, size.test, TRIED)
+        for o, k, s in work
+    ]
     results = jobs.each(tried, calls, progress, "trials", [c[0] for c in calls], bars=True)
     known: dict[str, list[tuple[float, int, Settings, Scores]]] = {o: [] for o in TRIALS}
     for (optimizer, k, settings), scores in zip(work, results, strict=True):
         loss = scores.get(str(max(TRIED)), scores.get("mean", math.inf))
         known[optimizer].append((loss, k, settings, scores))
-    chosen = {}
+    chosen: dict[str, Chosen] = {}
     for optimizer, every in known.items():
         ranked = sorted(every, key=lambda t: t[:2])
         table = [{"settings": asdict(s), "loss": loss, **scores} for loss, _, s, scores in ranked]
-        chosen[optimizer] = ranked[0][2], table
+        chosen[optimizer] = ranked[0][1], ranked[0][2], table
     return chosen
+
+
+def _folder(out: Path, optimizer: str, number: int, seed: int) -> Path:
+    """Of a run with an optimizer's settings of this number; a trial is one of them."""
+    return out / f"{optimizer}-{number}-seed{seed}"
 
 
 def tried(*call: Any, progress: Progress = silent) -> Scores:
@@ -173,7 +182,7 @@ def trained(
         read = tokens.load(place)
         train, held = read["train"], read["held"].tensor_split(2)
     run = pretrain(what, settings, seed, folder, train, held[0], progress)
-    kept = folder / "scores.json"
+    kept = folder / f"scores-{part}.json"
     if not kept.exists():
         model, posterior = load(folder)
         rows = held_rows(held[part], replace(what, held=test))
