@@ -1,5 +1,10 @@
 """Runs as jobs: the same bits wherever they run, and failures that cost the others nothing."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -51,6 +56,30 @@ def test_a_failure_names_its_run_and_costs_the_others_nothing(work):
         jobs.train_all(work, silent)
     assert all((job[3] / "result.json").exists() for job in (work[0], work[2]))
     assert jobs.ENGINE.get() == jobs.Engine()
+
+
+@pytest.mark.slow
+def test_a_killed_study_leaves_no_run_behind(environment):
+    code = """import time; from posterity_studies import jobs, train
+with jobs.on(jobs.Engine(2)): jobs.each(time.sleep, [(100,), (100,)], train.silent, "runs")"""
+    study = subprocess.Popen([sys.executable, "-c", code], env=environment)
+
+    def runs_of_it():
+        found = subprocess.run(["pgrep", "-P", str(study.pid)], capture_output=True, text=True)
+        return found.stdout.split()
+
+    def soon(condition):
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.2)
+        return condition()
+
+    assert soon(lambda: len(runs_of_it()) == 3)  # two, and what tracks their resources
+    started = runs_of_it()
+    time.sleep(5)  # until they are at work
+    study.kill()
+    study.wait()
+    assert soon(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 
 
 @pytest.mark.slow
