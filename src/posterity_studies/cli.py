@@ -6,7 +6,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -304,12 +304,10 @@ class Study:
             Console().print(drawn)
             return
         out = self.out or Path("runs/studies") / self.name
-        with jobs.on(jobs.Engine(self.jobs, self.slurm)):
+        with jobs.on(jobs.Engine(self.jobs, self.slurm, folder=out)):
             found = studies.study(self.name, out, self.seeds, self.scale, bar)
         if self.results:
-            runs.write_json(self.results / "result.json", found)
-            for picture in out.glob("*.png"):
-                shutil.copy(picture, self.results)
+            self._keep(found, out, self.results)
         drawn = Table(title=f"{self.name}, {self.scale}: {out}", title_justify="left")
         for heading in dict.fromkeys(key for row in found["rows"] for key in row):
             drawn.add_column(heading, justify="left" if heading == "method" else "right")
@@ -318,6 +316,25 @@ class Study:
             drawn.add_row(*(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
         console = Console()
         Console(width=None if console.is_terminal else 160).print(drawn)
+
+    def _keep(self, found: dict[str, Any], out: Path, results: Path) -> None:
+        """Copy what is to be committed; one result never takes another study's place."""
+        path = results / "result.json"
+        if path.exists():
+            before = runs.read_json(path)
+            for key in ("study", "scale"):
+                if before.get(key) != found[key]:
+                    raise UserError(
+                        f"{path} is of {key} {before.get(key)!r}, not {found[key]!r}: "
+                        "choose another --results"
+                    )
+            if before != found:
+                when = before["provenance"]["finished"]
+                told = f"replacing {path}, of seeds {before['seeds']}, finished {when}"
+                print(told, file=sys.stderr)
+        runs.write_json(path, found)
+        for picture in out.glob("*.png"):
+            shutil.copy(picture, results)
 
     def _report(self, results: Path) -> None:
         if not results.is_dir():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy
@@ -63,6 +64,12 @@ def run_all(recipe: Recipe, seeds: Sequence[int], out: Path) -> list[dict[str, A
     return results
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, of several."""
+    mean = f"{fmean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.4f}"
+
+
 def rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """Label, optimizer and evaluation of every row of the table."""
     optimizers: list[str] = [r["settings"]["optimizer"] for r in results]
@@ -79,7 +86,13 @@ def values(results: Sequence[dict[str, Any]], optimizer: str, evaluation: str) -
     """Each metric of a row, one value a seed."""
     mine = [r for r in results if r["settings"]["optimizer"] == optimizer]
     flat = [{**r, **r["evaluations"][evaluation]} for r in mine]
-    return {metric: [r[metric] for r in flat] for metric in COLUMNS}
+    return {metric: [r[metric] for r in flat] for metric in columns(results)}
+
+
+def columns(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The metrics that there are of all rows: of unknown inputs only where there are any."""
+    flat = [{**r, **found} for r in results for found in r["evaluations"].values()]
+    return [metric for metric in COLUMNS if all(metric in row for row in flat)]
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
@@ -88,21 +101,22 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     seeds = sorted({r["seed"] for r in results})
     drawn = Table(
         title=f"{first['name']}: {first['epochs']} epochs, batch {first['batch_size']}, "
-        f"{first['parameters']:,} parameters, OOD {first['ood']}, "
+        f"{first['parameters']:,} parameters, OOD {first['ood'] or 'none'}, "
         + (f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds (mean ± s.d.)"),
         title_justify="left",
     )
     drawn.add_column("")
-    for heading, _, better in COLUMNS.values():
+    shown = {metric: COLUMNS[metric] for metric in columns(results)}
+    for heading, _, better in shown.values():
         drawn.add_column(f"{heading} {'↑' if better is max else '↓'}", justify="right")
     found = {label: values(results, *row) for label, *row in rows(results)}
     best = {
         metric: better(numpy.mean(v[metric]) for v in found.values())
-        for metric, (_, _, better) in COLUMNS.items()
+        for metric, (_, _, better) in shown.items()
     }
     for label, row in found.items():
         cells = []
-        for metric, (_, form, _) in COLUMNS.items():
+        for metric, (_, form, _) in shown.items():
             mean = numpy.mean(row[metric])
             cell = form.format(mean)
             if len(seeds) > 1:
@@ -124,7 +138,7 @@ def write_report(recipe: Recipe, results: Sequence[dict[str, Any]], out: Path) -
         entries.append(
             Entry(
                 label=label,
-                metrics={metric: row[metric][0] for metric in COLUMNS},
+                metrics={metric: each[0] for metric, each in row.items()},
                 curve={} if optimizer in curves_shown else result["curve"],
                 probs=saved[f"{evaluation}.probs"],
                 ood_probs=saved[f"{evaluation}.ood_probs"],

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from posterity import Posterior, metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
-from posterity_studies.recipes import UserError
+from posterity_studies.recipes import Diverged, UserError
 from posterity_studies.settings import FinetuneAdamw, FinetuneIvon, Settings
 from posterity_studies.subjects import MiniLM, Pretrained, Row, Rows, SmolLM2, Subject
 from posterity_studies.train import Progress, silent
@@ -58,7 +58,8 @@ def run(
     takes its part of each batch.
 
     Raises:
-        UserError: an unknown domain, the folder holds another run, or the loss is not finite.
+        UserError: an unknown domain; the folder holds another run, or another process works there.
+        Diverged: the loss is not finite.
         DataError: the model or the sentences cannot be had.
     """
     if domain not in subject.domains:
@@ -74,6 +75,23 @@ def run(
             )
         if (folder / "result.json").exists():
             return runs.read_json(folder / "result.json")
+    ranks.together()
+    with runs.occupied(folder):
+        return _run(subject, domain, settings, seed, folder, samples, keep, config, progress)
+
+
+def _run(
+    subject: Subject,
+    domain: str,
+    settings: Settings,
+    seed: int,
+    folder: Path,
+    samples: int,
+    keep: bool,
+    config: Mapping[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    code = runs.git_hash()
     train, held, test = subject.sentences(domain, seed)
     model = subject.make(seed, domain).to(ranks.device())
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -100,7 +118,7 @@ def run(
             posterior.save(folder / "posterior.safetensors")
         elif keep:
             runs.write_tensors(folder / "model.safetensors", weights)
-        provenance = runs.provenance(seed, domain)
+        provenance = runs.provenance(seed, domain, code)
         runs.write_json(folder / "result.json", {**config, **scores, "provenance": provenance})
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     ranks.together()
@@ -130,7 +148,7 @@ def finetune(
     With ``checkpoint`` the state is kept there after each epoch, and taken up from there.
 
     Raises:
-        UserError: the loss is not finite.
+        Diverged: the loss is not finite.
     """
     steps = subject.epochs * math.ceil(len(rows) / subject.batch)
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -166,7 +184,7 @@ def finetune(
             rate.step()
             losses.append(loss.detach())
         if not torch.stack(losses).isfinite().all():
-            raise UserError("the training diverged: the loss is not finite. Lower the lr")
+            raise Diverged("the training diverged: the loss is not finite. Lower the lr")
         if checkpoint is not None and ranks.first():
             states = {"optimizer": opt.state_dict(), "rate": rate.state_dict(), "epoch": epoch + 1}
             kept = {name: p.detach() for name, p in weights.items()}

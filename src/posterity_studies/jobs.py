@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from posterity_studies import runs
-from posterity_studies.recipes import Recipe, UserError
+from posterity_studies.data.cache import DataError
+from posterity_studies.recipes import Diverged, Recipe, UserError
 from posterity_studies.train import Progress, finished, train
 
 T = TypeVar("T")
@@ -35,6 +38,7 @@ class Engine:
     at_a_time: int = 1
     slurm: str | None = None
     minutes: int = 24 * 60  # of a Slurm job
+    folder: Path = Path()  # what Slurm's jobs print is in its folder ``slurm``
 
     @property
     def alone(self) -> bool:
@@ -66,9 +70,10 @@ def train_all(jobs: Sequence[Job], progress: Progress) -> list[dict[str, Any]]:
     Raises:
         UserError: a job failed; the others are done, and need not be done again.
     """
-    missing = [job for job in jobs if finished(*job) is None]
-    each(train, missing, progress, "runs", [job[3] for job in missing], bars=True)
-    return [finished(*job) or {} for job in jobs]
+    found = [finished(*job) for job in jobs]
+    missing = [job for job, result in zip(jobs, found, strict=True) if result is None]
+    made = iter(each(train, missing, progress, "runs", [job[3] for job in missing], bars=True))
+    return [next(made) if result is None else result for result in found]
 
 
 def each(
@@ -92,22 +97,39 @@ def each(
     engine = ENGINE.get()
     names = names or range(len(calls))
     if engine.slurm is not None:
-        folder = Path(f"{names[0]}").parent if calls else Path()
-        return _collect(_submitted(function, calls, engine, folder), names, progress, label)
-    if engine.alone and bars:
-        return [function(*call, progress=progress) for call in calls]
-    if engine.alone or len(calls) < 2:
-        return [function(*call) for call in progress(calls, len(calls), label)]
+        submitted = [future.result for future in _submitted(function, calls, engine)]
+        return _gathered(progress(enumerate(submitted), len(calls), label), names, label)
+    if engine.alone:
+        how = {"progress": progress} if bars else {}
+        here = enumerate(partial(function, *call, **how) for call in calls)
+        return _gathered(here if bars else progress(here, len(calls), label), names, label)
     threads = max((os.cpu_count() or 1) // engine.at_a_time, 1)
-    context = multiprocessing.get_context("spawn")
+    context, before = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     with (
         _environment(runs.environment(OMP_NUM_THREADS=str(threads))),
         ProcessPoolExecutor(engine.at_a_time, context, _start, (threads,)) as pool,
     ):
-        return _collect([pool.submit(function, *c) for c in calls], names, progress, label)
+        try:
+            number = {pool.submit(function, *call): k for k, call in enumerate(calls)}
+            done = ((number[future], future.result) for future in as_completed(number))
+            return _gathered(progress(done, len(calls), label), names, label)
+        except BaseException:  # interrupted, or failed: no call that waits shall begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - set(before):
+                child.terminate()
+            raise
+
+
+def unless_diverged(function: Callable[..., T], *call: Any, **how: Any) -> T | None:
+    """``function(*call)``; None where training diverged, for a trial may."""
+    try:
+        return function(*call, **how)
+    except Diverged:
+        return None
 
 
 def _start(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all: the study's counts
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -131,36 +153,38 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _collect(
-    futures: Sequence[Any], names: Sequence[object], progress: Progress, label: str
-) -> list[Any]:
+def _gathered(
+    done: Iterable[tuple[int, Callable[[], T]]], names: Sequence[object], label: str
+) -> list[T]:
     """All results in order; or what failed, when all have ended."""
-    known = {future: k for k, future in enumerate(futures)}
-    results, failures = [None] * len(futures), []
-    done = as_completed(futures) if all(isinstance(f, Future) for f in futures) else futures
-    for future in progress(done, len(futures), label):
+    results: dict[int, T] = {}
+    failures: list[tuple[object, Exception]] = []
+    for k, result in done:
         try:
-            results[known[future]] = future.result()
+            results[k] = result()
         except Exception as error:
-            failures.append(f"{names[known[future]]}: {error}")
+            failures.append((names[k], error))
     if failures:
-        raise UserError(f"{len(failures)} of {len(futures)} {label} failed. {failures[0]}")
-    return results
+        name, error = failures[0]
+        plain = isinstance(error, (UserError, DataError))
+        told = str(error) if plain else f"{type(error).__name__}: {error}"
+        some = f"{len(failures)} of {len(names)} {label} failed. {name}: {told}"
+        raise UserError(some) from error
+    return [results[k] for k in range(len(names))]
 
 
 def _submitted(
     function: Callable[..., Any],
     calls: Sequence[tuple[Any, ...]],
     engine: Engine,
-    folder: Path,
     cluster: str = "slurm",
 ) -> list[Any]:
-    """Calls submitted to Slurm; what they print is in the folder ``slurm`` of this folder."""
+    """Calls submitted to Slurm."""
     try:
         import submitit
     except ImportError:
         raise UserError("Slurm needs submitit: pip install submitit") from None
-    executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
+    executor = submitit.AutoExecutor(folder=engine.folder / "slurm", cluster=cluster)
     told = {"slurm_partition": engine.slurm} if cluster == "slurm" else {}
     executor.update_parameters(timeout_min=engine.minutes, name="posterity", **told)
     return [executor.submit(function, *call) for call in calls]

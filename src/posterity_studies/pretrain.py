@@ -23,7 +23,7 @@ from posterity.binding import Samples
 from posterity.language import perplexity
 from posterity_studies import ranks, runs
 from posterity_studies.models.gpt import GPT, GPT2, GPTConfig
-from posterity_studies.recipes import UserError
+from posterity_studies.recipes import Diverged, UserError
 from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
 from posterity_studies.train import Progress, silent, warmup_cosine
 
@@ -56,7 +56,7 @@ RECIPES: dict[str, tuple[Pretraining, dict[str, Settings]]] = {
     )
     for name, micro, adamw, ivon in (
         ("gpt2", 12, 6e-4, 300.0),
-        ("gpt2-medium", 8, 3e-4, 200.0),
+        ("gpt2-medium", 6, 3e-4, 200.0),
         ("gpt2-large", 4, 2e-4, 150.0),
     )
 }
@@ -88,7 +88,9 @@ def pretrain(
         progress: of the steps.
 
     Raises:
-        UserError: the folder holds another run, the text is too short, or the loss is not finite.
+        UserError: the folder holds another run or another process works there, the text is too
+            short, or the batch cannot be divided into equal parts.
+        Diverged: the loss is not finite.
     """
     config = {**asdict(what), "settings": {"kind": type(settings).__name__, **asdict(settings)}}
     config = json.loads(json.dumps(config | {"seed": seed, "tokens": len(train)}))
@@ -97,10 +99,30 @@ def pretrain(
             raise UserError(f"{folder} holds a run with other settings: remove it")
         if (folder / "result.json").exists():
             return runs.read_json(folder / "result.json")
-    context = what.shape.context
+    context, share = what.shape.context, what.batch // ranks.world()
     if min(len(train), len(held)) <= context:
         raise UserError(f"a text must be longer than a window of {context} tokens")
+    if what.batch % ranks.world() or (share > what.micro and share % what.micro):
+        raise UserError(
+            f"a batch of {what.batch} sequences on {ranks.world()} processors cannot be divided "
+            f"into equal parts of {what.micro}: change --batch or --micro"
+        )
     ranks.together()
+    with runs.occupied(folder):
+        return _pretrain(what, settings, seed, folder, train, held, config, progress)
+
+
+def _pretrain(
+    what: Pretraining,
+    settings: Settings,
+    seed: int,
+    folder: Path,
+    train: Tensor,
+    held: Tensor,
+    config: Mapping[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    code, context = runs.git_hash(), what.shape.context
     torch.manual_seed(seed)
     model = GPT(what.shape).to(ranks.device())
     opt = settings.build(model, len(train), what.steps, seed)
@@ -128,10 +150,10 @@ def pretrain(
             continue
         curve["step"].append(step)
         curve["train"].append(ranks.average(torch.stack(losses).mean()).item())
-        curve["held"].append(scored(model, held_rows(held, what), None)["mean"])
+        curve["held"].append(scored(model, held_rows(held, what), None, batch=what.micro)["mean"])
         losses.clear()
-        if not math.isfinite(curve["train"][-1]):
-            raise UserError(f"the training diverged at step {step}: lower the lr")
+        if not math.isfinite(curve["train"][-1] + curve["held"][-1]):
+            raise Diverged(f"the training diverged at step {step}: lower the lr")
         if ranks.first():
             checkpoint = {"model": model.state_dict(), "optimizer": opt.state_dict()}
             checkpoint |= {"schedule": schedule.state_dict(), "step": step}
@@ -141,7 +163,7 @@ def pretrain(
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds_per_step": sorted(times)[len(times) // 2],
         "curve": curve,
-        "provenance": runs.provenance(seed, "the caller's"),
+        "provenance": runs.provenance(seed, "the caller's", code),
     }
     posterior = getattr(opt, "posterior", None)
     if ranks.first():
@@ -157,10 +179,10 @@ def pretrain(
 def load(folder: Path) -> tuple[GPT, Samples | None]:
     """The network of a finished run at its mean, and its posterior if there is one."""
     config = runs.read_json(folder / "config.json")
-    model = GPT(GPTConfig(**config["shape"]))
+    model = GPT(GPTConfig(**config["shape"])).to(ranks.device())
     model.load_state_dict(runs.read_tensors(folder / "model.safetensors"))
     path = folder / "posterior.safetensors"
-    return model, Posterior.load(path) if path.exists() else None
+    return model, Posterior.load(path).to(ranks.device()) if path.exists() else None
 
 
 def windows(tokens: Tensor, batch: int, context: int, seed: int, step: int) -> Tensor:
@@ -201,7 +223,7 @@ def held_rows(tokens: Tensor, what: Pretraining) -> Tensor:
     """Sequences (held, context), evenly spread over a text."""
     context = what.shape.context
     rows = tokens[: len(tokens) // context * context].view(-1, context)
-    return rows[:: max(len(rows) // what.held, 1)][: what.held].long()
+    return rows[torch.linspace(0, len(rows) - 1, min(what.held, len(rows))).long()].long()
 
 
 def scored(
@@ -210,18 +232,21 @@ def scored(
     posterior: Samples | None,
     counts: tuple[int, ...] = (),
     progress: Progress = silent,
+    batch: int = 16,
 ) -> Mapping[str, float]:
     """Nats a token: ``mean``, and by the number of posterior samples averaged, ``"8"`` …
 
     Fewer samples than the most are groups of these, whose mean is reported.
     """
-    found = {"mean": perplexity(model, None, rows).nll}
+    rows = rows.to(ranks.device())
+    found = {"mean": perplexity(model, None, rows, batch_size=batch).nll}
     if posterior is None:
         return found
     each = []
     for index in progress(range(max(counts)), max(counts), "posterior samples"):
         with posterior.sampled(model, 0, index):
-            each.append(perplexity(model, None, rows).per_token[:, 1:].double())
+            log_probs = perplexity(model, None, rows, batch_size=batch).per_token
+            each.append(log_probs[:, 1:].double())
     for count in counts:
         groups = torch.stack(each).unflatten(0, (-1, count))
         nll = -(groups.logsumexp(1) - math.log(count)).mean((1, 2))

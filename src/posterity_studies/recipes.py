@@ -1,8 +1,9 @@
 """Recipes: what to train, on what, with which settings. Variants `replace` a base.
 
-Each optimizer's settings are those that `posterity tune` found on a validation split, with the
-same number of trials for each; the search is committed beside the results it led to
-(``results/fashion-mnist/tune.json``) and a test holds the two together.
+The settings of `fashion-mnist` are those that `posterity tune` found on a validation split, with
+as many trials for each optimizer; the search is committed beside the results it led to
+(``results/fashion-mnist/tune.json``) and a test holds the two together. Those of other recipes are
+published ones, or by few trials or none, as they say.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from posterity_studies.settings import (
 
 class UserError(Exception):
     """Wrong input: its message is all that the user needs to see."""
+
+
+class Diverged(UserError):
+    """Training with these settings ended in numbers that are not finite."""
 
 
 Range = tuple[float, float]  # of a logarithmic search
@@ -167,7 +172,10 @@ def lenet5() -> Recipe:
 
 
 def cifar10() -> Recipe:
-    """CIFAR-10 with a small convolutional network; emoji are what it has not seen."""
+    """CIFAR-10 with a small convolutional network; emoji are what it has not seen.
+
+    Its settings were not searched.
+    """
     return replace(
         fashion_mnist(),
         name="cifar10",
@@ -188,7 +196,10 @@ def cifar10() -> Recipe:
 
 
 def cifar10_resnet20() -> Recipe:
-    """CIFAR-10 with ResNet-20 in bfloat16: twenty epochs, half an hour on one core with AMX."""
+    """CIFAR-10 with ResNet-20 in bfloat16: twenty epochs, half an hour on one core with AMX.
+
+    Its settings were not searched.
+    """
     return replace(
         cifar10(),
         name="cifar10-resnet20",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -21,30 +22,65 @@ from torch import Tensor, nn
 
 import posterity
 from posterity.binding import Samples
-from posterity_studies import baselines, data
+from posterity_studies import baselines, data, ranks
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError, recipe
 
 
 @contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """A folder that is there, and goes again if the block leaves nothing in it."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` when the block ends well, and vanishes when not."""
-    made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        for folder in made:  # what is left empty was made for nothing
-            with suppress(OSError):
-                folder.rmdir()
+    with made(path.parent):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """A run folder that no other process works in; what a killed one left half written goes.
+
+    Raises:
+        UserError: another process is at work there.
+    """
+    if not ranks.first():
+        yield
+        return
+    with made(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is at work in {folder}") from None
+            except OSError:  # a file system without locks
+                pass
+            for left in folder.glob(".*.*"):
+                left.unlink()
+            yield
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -72,6 +108,26 @@ def read(path: Path, load: Callable[[Path], Any]) -> Any:
 def read_json(path: Path) -> Any:
     """Read JSON of a run folder; UserError where it is missing or damaged."""
     return read(path, lambda p: json.loads(p.read_text()))
+
+
+def kept(path: Path, asked: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    """What ``make`` found, from the file if it was done before.
+
+    Args:
+        path: of the file.
+        asked: all that the finding depends on, as plain values.
+        make: finds plain values.
+
+    Raises:
+        UserError: the file is of something else that was asked, or damaged.
+    """
+    asked = json.loads(json.dumps(asked))
+    if not path.exists():
+        write_json(path, {"asked": asked, "found": make()})
+    content = read_json(path)
+    if content.get("asked") != asked:
+        raise UserError(f"{path} is of other settings: remove it, or choose another --out")
+    return content["found"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -154,12 +210,15 @@ def environment(**changes: str) -> dict[str, str]:
     return {**keep, **os.environ, **changes}
 
 
-def provenance(seed: int | str, data_digest: str) -> dict[str, str]:
-    """What made a result: code, versions, machine, data, seed, time."""
+def provenance(seed: int | str, data_digest: str, code: str | None = None) -> dict[str, str]:
+    """What made a result: code, versions, machine, data, seed, time.
+
+    ``code`` is the commit of when it was begun, by :func:`git_hash`: it may be another now.
+    """
     return {
         "seed": str(seed),
         "data": data_digest,
-        "git": git_hash(),
+        "git": code or git_hash(),
         "posterity": posterity.__version__,
         "torch": torch.__version__,
         "numpy": numpy.__version__,

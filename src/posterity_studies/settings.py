@@ -36,7 +36,7 @@ class Adamw:
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
-        betas = (0.9, self.beta2)
+        betas = (BETA1, self.beta2)
         return torch.optim.AdamW(
             model.parameters(), self.lr, betas=betas, weight_decay=self.weight_decay, fused=True
         )
@@ -48,7 +48,7 @@ class Sgd:
 
     lr: float
     weight_decay: float
-    momentum: float = 0.9
+    momentum: float = BETA1
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
@@ -83,7 +83,7 @@ class Ivon:
             self.lr,
             ess=n_train / self.temperature,
             hess_init=self.hess_init,
-            betas=(0.9, 1 - 1 / self.memory),
+            betas=(BETA1, 1 - 1 / self.memory),
             weight_decay=self.weight_decay,
             clip_radius=self.clip_radius,
             seed=seed,

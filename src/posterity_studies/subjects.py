@@ -84,13 +84,9 @@ class MiniLM(Subject):
     def sentences(self, domain: str, seed: int) -> Splits:
         """A sentence counts once."""
         tokenizer = packages.transformers().AutoTokenizer.from_pretrained(packages.folder("minilm"))
-        known = dict(zip(*packages.sentiment(domain), strict=True))
-        texts, labels = list(known), list(known.values())
-        wanted = self.train + self.validation + self.test
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:wanted]
-        tokens = tokenizer([texts[i] for i in order], truncation=True, max_length=64)["input_ids"]
-        rows = list(zip(tokens, (labels[i] for i in order), strict=True))
-        first, second = self.train, self.train + self.validation
+        texts, labels, (first, second) = _drawn(self, domain, seed)
+        tokens = tokenizer(texts, truncation=True, max_length=64)["input_ids"]
+        rows = list(zip(tokens, labels, strict=True))
         return rows[:first], rows[first:second], rows[second:]
 
 
@@ -130,12 +126,9 @@ class SmolLM2(Subject):
 
     def sentences(self, domain: str, seed: int) -> Splits:
         """Each with the question after it, and last what would be the answers' first tokens."""
-        texts, labels = packages.sentiment(domain)
-        wanted = self.train + self.validation + self.test
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:wanted]
-        asked = [f"{texts[i][:300]}\nSentiment:" for i in order.tolist()]
-        rows = list(zip(self._tokens(asked), (labels[i] for i in order), strict=True))
-        first, second = self.train, self.train + self.validation
+        texts, labels, (first, second) = _drawn(self, domain, seed)
+        asked = [f"{text[:300]}\nSentiment:" for text in texts]
+        rows = list(zip(self._tokens(asked), labels, strict=True))
         return rows[:first], rows[first:second], rows[second:]
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -143,6 +136,18 @@ class SmolLM2(Subject):
         last = inputs["attention_mask"].sum(1) - 1
         found = model(**inputs).logits[torch.arange(len(last)), last]
         return found[:, WORDS]
+
+
+def _drawn(
+    sizes: MiniLM | SmolLM2, domain: str, seed: int
+) -> tuple[list[str], list[int], tuple[int, int]]:
+    """Sentences in random order, each once, their classes, and where the parts are divided."""
+    known = dict(zip(*packages.sentiment(domain), strict=True))
+    texts, labels = list(known), list(known.values())
+    first, second = sizes.train, sizes.train + sizes.validation
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    chosen = order[: second + sizes.test].tolist()
+    return [texts[i] for i in chosen], [labels[i] for i in chosen], (first, second)
 
 
 WORDS = [3524, 2731]  # SmolLM2's tokens for " negative" and " positive"

@@ -21,7 +21,7 @@ from posterity.binding import Samples
 from posterity_studies import ranks, runs
 from posterity_studies.data.imagenet import Pictures
 from posterity_studies.models import NETWORKS
-from posterity_studies.recipes import Recipe, UserError
+from posterity_studies.recipes import Diverged, Recipe, UserError
 from posterity_studies.tasks import WORKERS, Streamed, Task, batches, load
 
 EVAL_BATCH = 250  # small enough for a CPU's cache
@@ -58,7 +58,7 @@ def finished(recipe: Recipe, optimizer: str, seed: int, folder: Path) -> dict[st
             )
         if (folder / "result.json").exists():
             return runs.read_json(folder / "result.json")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run: choose another --out")
     return None
 
@@ -80,14 +80,27 @@ def train(
     writes. All must see the same folder. ``watch`` is called after each step.
 
     Raises:
-        UserError: the folder holds another run, or a damaged file.
+        UserError: the folder holds another run, or a damaged file, or another process works there.
+        Diverged: the outputs are not finite.
     """
     result = finished(recipe, optimizer, seed, folder)
+    ranks.together()  # before the first one writes what the others have looked for
     if result is not None:
         return result
-    config = configuration(recipe, optimizer, seed)
+    with runs.occupied(folder):
+        return _train(recipe, optimizer, seed, folder, progress, watch)
+
+
+def _train(
+    recipe: Recipe,
+    optimizer: str,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+    watch: Watch | None,
+) -> dict[str, Any]:
+    code, config = runs.git_hash(), configuration(recipe, optimizer, seed)
     task = load(recipe)
-    ranks.together()  # before the first one writes what the others have looked for
     torch.manual_seed(seed)
     model = NETWORKS[recipe.network](len(task.class_names)).to(ranks.device())
     n = len(task.train[1])
@@ -130,7 +143,7 @@ def train(
         "peak_memory_mib": peak,
         "evaluations": evaluations,
         "curve": log.curve(),
-        "provenance": runs.provenance(seed, task.digest),
+        "provenance": runs.provenance(seed, task.digest, code),
     }
     runs.write_json(folder / "result.json", result)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -293,7 +306,7 @@ def evaluate(
     n, found_probs = len(targets), prediction.probs.cpu()
     probs = found_probs[:n]
     if not found_probs.isfinite().all():
-        raise UserError("the training diverged: the model's outputs are not finite. Lower the lr")
+        raise Diverged("the training diverged: the model's outputs are not finite. Lower the lr")
     found: dict[str, Any] = {
         "accuracy": metrics.accuracy(probs, targets),
         "nll": metrics.nll(probs, targets),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from posterity_studies import claims
+from posterity_studies import claims, judges
 from posterity_studies.claims import CLAIMS
 from posterity_studies.studies import STUDIES
 
@@ -93,7 +93,7 @@ WORSE = {  # what makes a claim that holds fail
 }
 
 
-@pytest.mark.parametrize("claim", [c for c in CLAIMS if c.judge], ids=lambda c: c.judge.__name__)
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: c.judge.__name__)
 def test_a_worse_result_fails_the_claim(claim):
     found = content(claim)
     before = copy.deepcopy(found)
@@ -107,19 +107,37 @@ def test_a_worse_result_fails_the_claim(claim):
     assert ours != claim.judge(found)[1]
 
 
+def test_less_than_the_seeds_spread_is_no_difference():
+    others = ("SGD", "Bayes by backprop", "MC-dropout", "SWAG")
+
+    def result(ivon, dropout):
+        each = {name: [{"nll": v} for v in (0.30, 0.31, 0.32)] for name in others}
+        each["MC-dropout"] = [{"nll": v} for v in dropout]
+        return {"each": each | {"IVON": [{"nll": v} for v in ivon]}}
+
+    assert judges.in_domain(result((0.20, 0.21, 0.22), (0.30, 0.31, 0.32)))[0]
+    holds, ours = judges.in_domain(result((0.20, 0.21, 0.22), (0.20, 0.211, 0.222)))
+    assert not holds
+    assert "within the seeds' spread of MC-dropout" in ours
+    assert judges.in_domain(result((0.20,), (0.201,)))[0]  # one run has no spread
+    assert not judges.in_domain(result((0.25, 0.26), (0.20, 0.21)))[0]
+
+
 def test_commands_are_of_studies_that_exist():
     for claim in CLAIMS:
         words = claim.command.split()
         if words[1:2] == ["study"]:
             assert words[2] in STUDIES
-        assert bool(claim.judge) == bool(claim.command)
 
 
 def test_the_page_says_what_the_results_say(call, tmp_path):
     results, out = tmp_path / "results", tmp_path / "page.html"
     shutil.copytree(RESULTS / "gap", results / "gap")
     (results / "paper").mkdir()
-    shutil.copytree(RESULTS / "language", results / "paper/language")
+    language = json.loads((RESULTS / "language/result.json").read_text()) | {"scale": "paper"}
+    for place, content in (("paper/language", language), ("ood", {"scale": "smoke"})):
+        (results / place).mkdir()
+        (results / place / "result.json").write_text(json.dumps(content))
     done = call("study", "--report", "--results", results, "--out", out)
     assert done.returncode == 0, done.stderr
     found = {(j.claim.text, j.scale): j for j in claims.judged(results)}
@@ -140,11 +158,14 @@ def test_the_page_says_what_the_results_say(call, tmp_path):
 
 def test_damaged_results_and_no_results_get_one_line(call, tmp_path):
     (tmp_path / "gap").mkdir()
-    for damaged in ("{", '{"rows": []}'):
+    for damaged in ("{", '{"rows": 3}'):
         (tmp_path / "gap/result.json").write_text(damaged)
         done = call("study", "--report", "--results", tmp_path, "--out", tmp_path / "page.html")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert "gap/result.json" in done.stderr
+    (tmp_path / "gap/result.json").write_text('{"rows": []}')
+    told = {j.status: j.ours for j in claims.judged(tmp_path) if j.ours}
+    assert told == {"not yet run": "the result lacks 'IVON, one run'"}
     done = call("study", "--report", "--results", tmp_path / "none")
     assert "is no folder" in done.stderr
     assert not (tmp_path / "page.html").exists()

@@ -1,5 +1,6 @@
 """The finetuning study in small, and what it scores with."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from posterity import Posterior, merge, metrics
-from posterity_studies import finetune
+from posterity_studies import claims, finetune
 from posterity_studies.recipes import UserError
 from posterity_studies.settings import FinetuneAdamw, FinetuneIvon
 from posterity_studies.studies import finetuning
@@ -120,6 +121,36 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(UserError, match="diverged"):
         finetune.run(Words(), "above", settings, 0, tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_trial_is_judged_by_what_is_reported():
+    scores = {"the mean": {"nll": 1.0}, "averaged": {"nll": 2.0}}
+    assert finetuning._loss({"validation": scores}) == 2.0
+    assert finetuning._loss({"validation": {"the mean": {"nll": 1.0}}}) == 1.0
+    assert finetuning._loss(None) == math.inf
+
+
+def test_the_study_finetunes_what_was_best_and_goes_on_where_one_diverges(tmp_path, monkeypatch):
+    words = Words(domains=("above", "again"), epochs=2)
+    worse = {"adamw": FinetuneAdamw(1e-6), "ivon": FinetuneIvon(1e-6, 1e4, hess_init=0.1)}
+    trials = {o: [worse[o], BOTH[o]] for o in BOTH}
+    trials["adamw"].append(FinetuneAdamw(float("inf")))
+    trials["ivon"].append(worse["ivon"])
+    monkeypatch.setattr(finetuning, "subjects", lambda scale: [(words, trials)])
+    monkeypatch.setattr(finetuning, "SAMPLES", 2)
+    found = finetuning.study(tmp_path, [0, 1], "desk", silent)
+    tried = found["trials"]["bag, adamw"]
+    assert [t["settings"]["lr"] for t in tried] == [3e-2, 1e-6, float("inf")]
+    assert tried[-1]["scores"] is None
+    assert {(row["domain"], row["method"]) for row in found["rows"]} == {
+        (domain, method)
+        for domain in words.domains
+        for method in ("adamw, the mean", "ivon, the mean", "ivon, averaged")
+    }
+    folders = [p for p in (tmp_path / "bag").iterdir() if p.is_dir()]
+    assert len(folders) == 6 + 2 * 3  # the trials; of the best, the other domain and the other seed
+    (claim,) = (c for c in claims.CLAIMS if c.result == "finetuning/result.json")
+    assert "IVON" in claim.judge(found)[1]
 
 
 def test_batches_are_of_like_length_and_an_epoch_has_each_row_once():

@@ -1,5 +1,6 @@
 """Runs as jobs: the same bits wherever they run, and failures that cost the others nothing."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -59,7 +60,8 @@ def test_a_failure_names_its_run_and_costs_the_others_nothing(work):
 
 
 @pytest.mark.slow
-def test_a_killed_study_leaves_no_run_behind(environment):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=str)
+def test_a_killed_study_leaves_no_run_behind(environment, by):
     code = """import time; from posterity_studies import jobs, train
 with jobs.on(jobs.Engine(2)): jobs.each(time.sleep, [(100,), (100,)], train.silent, "runs")"""
     study = subprocess.Popen([sys.executable, "-c", code], env=environment)
@@ -77,16 +79,16 @@ with jobs.on(jobs.Engine(2)): jobs.each(time.sleep, [(100,), (100,)], train.sile
     assert soon(lambda: len(runs_of_it()) == 3)  # two, and what tracks their resources
     started = runs_of_it()
     time.sleep(5)  # until they are at work
-    study.kill()
-    study.wait()
+    study.send_signal(by)
+    study.wait(30)
     assert soon(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 
 
 @pytest.mark.slow
 def test_jobs_are_submitted(work):
-    engine = jobs.Engine(slurm="any")
-    futures = jobs._submitted(jobs.train, work, engine, work[0][3].parent, cluster="local")
-    found = jobs._collect(futures, ["a", "b"], silent, "runs")
+    engine = jobs.Engine(slurm="any", folder=work[0][3].parent)
+    futures = jobs._submitted(jobs.train, work, engine, cluster="local")
+    found = [future.result() for future in futures]
     assert [r["settings"]["optimizer"] for r in found] == ["sgd", "ivon"]
     assert [r["settings"]["optimizer"] for r in jobs.train_all(work, silent)] == ["sgd", "ivon"]
 

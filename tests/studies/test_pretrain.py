@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from posterity.language import perplexity
-from posterity_studies import data, pretrain, runs
+from posterity_studies import claims, data, pretrain, runs
 from posterity_studies.data import cache, text
 from posterity_studies.models.gpt import GPT, GPTConfig
 from posterity_studies.pretrain import Pretraining
@@ -121,6 +121,21 @@ def test_wrong_runs_say_so(tmp_path):
         run(LanguageAdamw(lr=float("inf")), tmp_path / "y")
     with pytest.raises(UserError, match="at least 1"):
         replace(SMALL, micro=0)
+    odd = replace(SMALL, batch=6, micro=5)
+    with pytest.raises(UserError, match="equal parts of 5"):
+        pretrain.pretrain(odd, BOTH["adamw"], 0, tmp_path / "z", TOKENS, TOKENS)
+
+
+def test_held_out_sequences_are_of_the_whole_text():
+    what = replace(SMALL, held=96)
+    context = what.shape.context
+    text = torch.arange(191 * context)  # one less than twice as many
+    rows = pretrain.held_rows(text, what)
+    assert len(rows) == 96
+    assert (rows[0, 0], rows[-1, -1]) == (0, text[-1])
+    gaps = rows[1:, 0] - rows[:-1, 0]
+    assert gaps.max() <= 2 * context
+    assert len(pretrain.held_rows(text[: 5 * context], what)) == 5
 
 
 @pytest.fixture
@@ -152,6 +167,8 @@ def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeyp
     tokens = [[r["tokens"] for r in every] for every in found["runs"].values()]
     assert tokens[0] == tokens[1]
     assert len([*(tmp_path / "out").glob("*-seed*")]) == 4 + 2  # trials; the best with seed 1
+    (claim,) = (c for c in claims.CLAIMS if c.result == "pretraining/result.json")
+    assert "IVON" in claim.judge(found)[1]
     assert (tmp_path / "out/pretraining.png").read_bytes().startswith(b"\x89PNG")
     assert pretraining.study(tmp_path / "out", [0, 1], "smoke", silent) == found
 

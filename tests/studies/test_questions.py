@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from posterity_studies import recipes, runs, tasks, train
+from posterity_studies import claims, recipes, runs, tasks, train
 from posterity_studies.models import NETWORKS
 from posterity_studies.settings import IvonSamples
 from posterity_studies.studies import STUDIES, agreement, leave_one_out, mc_samples
@@ -40,6 +40,31 @@ def test_a_study_leaves_a_table_pictures_and_provenance(call, tmp_path, name):
     other = call("study", name, "--scale", "smoke", "--out", out, "--seeds", "1")
     assert other.returncode == 2
     assert "holds another result" in other.stderr
+    few = ("in-domain", "agreement", "mc-samples")  # one seed is no ensemble, nor 4 samples 64
+    for claim in claims.CLAIMS:
+        if claim.result == f"{name}/result.json" and name not in few:
+            assert claim.judge(result)[1]
+
+
+def test_a_result_is_not_replaced_by_another_studys_and_never_silently(call, tmp_path):
+    kept = tmp_path / "kept"
+    asked = ("--scale", "smoke", "--results", kept)
+    assert call("study", "gap", *asked, "--out", tmp_path / "a").returncode == 0
+    before = (kept / "result.json").read_text()
+    (kept / "result.json").write_text(before.replace('"study": "gap"', '"study": "ood"'))
+    done = call("study", "gap", *asked, "--out", tmp_path / "a")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is of study 'ood', not 'gap'" in done.stderr
+    (kept / "result.json").write_text(before)
+    done = call("study", "gap", *asked, "--out", tmp_path / "b", "--seeds", "1")
+    assert done.returncode == 0
+    assert "of seeds [0], finished" in done.stderr
+
+
+def test_seeds_are_numbers_each_once(call, tmp_path):
+    done = call("study", "gap", "--scale", "smoke", "--out", tmp_path, "--seeds", "0", "0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "each once" in done.stderr
 
 
 def test_studies_are_listed_and_unknown_ones_named(call):

@@ -167,6 +167,45 @@ def test_other_settings_do_not_touch_a_run(run):
     assert before == {p: p.read_bytes() for p in run.iterdir()}
 
 
+def test_two_processes_do_not_share_a_run_folder(folder, tmp_path):
+    out = tmp_path / "new/run"
+    with runs.occupied(out):
+        with pytest.raises(UserError, match="another process is at work"):
+            train.train(recipes.recipe("smoke"), "sgd", 0, out)
+        (out / ".config.json.x1").write_text("what a killed process left")
+    assert [path.name for path in out.iterdir()] == [".config.json.x1"]
+    assert train.finished(recipes.recipe("smoke"), "sgd", 0, out) is None
+    with runs.occupied(out):
+        pass
+    assert not any(out.iterdir())
+    with pytest.raises(ZeroDivisionError), runs.occupied(tmp_path / "other/run"):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_kept_is_of_what_was_asked(tmp_path):
+    path, made = tmp_path / "x.json", []
+
+    def make():
+        made.append(1)
+        return {"a": (1, 2)}
+
+    assert runs.kept(path, {"n": 3, "t": (1,)}, make) == {"a": [1, 2]}
+    assert runs.kept(path, {"n": 3, "t": (1,)}, make) == {"a": [1, 2]}
+    assert made == [1]
+    with pytest.raises(UserError, match=r"x\.json is of other settings"):
+        runs.kept(path, {"n": 4, "t": (1,)}, make)
+
+
+def test_a_run_without_unknown_images_has_a_table_without_them(call, tmp_path):
+    out = tmp_path / "run"
+    how = ("--optimizer", "sgd", "--epochs", "1", "--validation", "100", "--out", out)
+    done = call("train", "smoke", *how)
+    assert done.returncode == 0, done.stderr
+    assert "NLL" in done.stdout
+    assert "AUROC" not in done.stdout
+
+
 def test_folder_of_something_else_is_refused(tmp_path, folder):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not empty"):

@@ -10,13 +10,16 @@ laplace-torch, BackPACK and torch-uncertainty need torchvision.
 """
 
 from posterity_studies.baselines.dropout import Dropout, McDropout
-from posterity_studies.baselines.ensemble import ensemble, point
+from posterity_studies.baselines.ensemble import ensemble, point, together
 from posterity_studies.baselines.laplace import diagonal, last_layer
 from posterity_studies.baselines.mean_field import BayesByBackprop, Vogn
 from posterity_studies.baselines.samples import load
 from posterity_studies.baselines.swag import Swag
 
+LAPLACE = {"last-layer Laplace": last_layer, "diagonal Laplace": diagonal}  # of SGD's runs
+ENSEMBLES = {"deep ensemble": "sgd", "Multi-IVON": "ivon"}  # of an optimizer's runs
+
 __all__ = [
-    "BayesByBackprop", "Dropout", "McDropout", "Swag", "Vogn",
-    "diagonal", "ensemble", "last_layer", "load", "point",
+    "ENSEMBLES", "LAPLACE", "BayesByBackprop", "Dropout", "McDropout", "Swag", "Vogn",
+    "diagonal", "ensemble", "last_layer", "load", "point", "together",
 ]  # fmt: skip

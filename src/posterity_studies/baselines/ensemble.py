@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from posterity import Mixture, Posterior
+from posterity.binding import Samples
 
 
 def point(model: nn.Module) -> Posterior:
@@ -22,3 +23,17 @@ def point(model: nn.Module) -> Posterior:
 def ensemble(models: Iterable[nn.Module]) -> Mixture:
     """Trained models, each as likely: predict with as many samples as there are models."""
     return Mixture([point(model) for model in models])
+
+
+def together(
+    members: Sequence[tuple[nn.Module, Samples | None]], samples: int
+) -> tuple[Mixture, int]:
+    """Runs as one: a mixture of their posteriors, or an ensemble where they have none.
+
+    Returns:
+        what predicts, and with how many samples: ``samples``, or each model once.
+    """
+    posteriors = [q for _, q in members if isinstance(q, Posterior)]
+    if posteriors:
+        return Mixture(posteriors), samples
+    return ensemble(model for model, _ in members), len(members)

@@ -93,7 +93,7 @@ def resnet20(classes: int = 10, norm: str = "batch") -> nn.Module:
 
 
 class Bf16(nn.Sequential):
-    """Layers that autocast to bfloat16, on channels-last images; weights and outputs are float32.
+    """Layers that autocast to bfloat16, on channels-last images, but for the last, in float32.
 
     Twice as fast as float32 on a CPU with AMX; on one without, much slower.
     """
@@ -104,8 +104,12 @@ class Bf16(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) → what the last layer makes of it."""
+        *layers, last = self
+        x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16):
-            return super().forward(x.contiguous(memory_format=torch.channels_last)).float()
+            for layer in layers:
+                x = layer(x)
+        return last(x.float())
 
 
 def resnet20_bf16(classes: int = 10) -> nn.Module:

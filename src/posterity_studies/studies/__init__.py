@@ -54,12 +54,14 @@ def study(
     """Run a study, or return what it found before; ``out/result.json`` holds it with provenance.
 
     Raises:
-        UserError: an unknown study, or the folder holds a result of other seeds or scale.
+        UserError: an unknown study, no seeds, or the folder holds a result of other seeds or scale.
     """
     if name not in STUDIES:
         raise UserError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     if scale == "paper" and name not in PAPER:
         raise UserError(f"{name} has no paper scale; {', '.join(PAPER)} have")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError("--seeds needs one number or more, each once")
     asked = {"study": name, "scale": scale, "seeds": list(seeds)}
     if (out / "result.json").exists():
         found = runs.read_json(out / "result.json")

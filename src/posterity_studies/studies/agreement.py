@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,19 +20,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from posterity import Mixture, Posterior, metrics, predict
+from posterity import metrics, predict
 from posterity.binding import Samples
 from posterity_studies import baselines, compare, jobs, runs
+from posterity_studies.baselines import ENSEMBLES, LAPLACE
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError, recipe
 from posterity_studies.settings import Backprop, Dropout, Ivon, Sgd, Swag, Vogn
-from posterity_studies.studies.in_domain import ENSEMBLES, LAPLACE, SAMPLED
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.tasks import load_task
 from posterity_studies.train import EVAL_BATCH, Progress
 
 N, PRIOR = 1000, 1.0
-CHAINS = 3
+CHAINS, SAMPLES = 3, 1000  # of each method's samples: few would seem far from the reference
 
 
 def small() -> Recipe:
@@ -61,14 +60,12 @@ def small() -> Recipe:
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
     """A row for each method, one for the reference's chains among themselves."""
-    chosen, warmup, draws = small(), 300, 700
+    chosen, warmup, draws, count = small(), 300, 700, SAMPLES
     if scale == "smoke":
-        chosen, warmup, draws = replace(chosen, epochs=1, samples=2), 2, 3
+        chosen, warmup, draws, count = replace(chosen, epochs=1, samples=2), 2, 3, 4
     task = load_task(chosen)
-    chains = [
-        chain(out / f"chain{k}.safetensors", task.train, k, warmup, draws, progress)
-        for k in range(CHAINS)
-    ]
+    kept = [out / f"chain{k}-{N}-{PRIOR:g}-{warmup}-{draws}.safetensors" for k in range(CHAINS)]
+    chains = [chain(path, task.train, k, warmup, draws, progress) for k, path in enumerate(kept)]
     each = [averaged(samples, task.test[0]) for samples in chains]
     exact, targets = torch.stack(each).mean(0), task.test[1]
     work = [
@@ -78,23 +75,27 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     ]
     jobs.train_all(work, progress)
     found: dict[str, list[dict[str, float]]] = {}
-    for title, model, posterior, samples in methods(out, chosen, seeds, task.train[0]):
+    for title, model, posterior, samples in methods(out, chosen, seeds, task.train[0], count):
         probs = predict(model, posterior, task.test[0], samples, batch_size=EVAL_BATCH).probs
         found.setdefault(title, []).append(measures(probs, exact, targets))
-    pairs = [measures(p, q, targets) for p, q in combinations(each, 2)]
+    apart = [
+        measures(probs, torch.stack(each[:k] + each[k + 1 :]).mean(0), targets)
+        for k, probs in enumerate(each)
+    ]
     rows: list[dict[str, Any]] = [
         {"method": title, **{k: fmean(m[k] for m in every) for k in every[0]}}
-        for title, every in {**found, "between chains": pairs}.items()
+        for title, every in {**found, "a chain and the others": apart}.items()
     ]
     own = {"agreement": 1.0, "total variation": 0.0}
     rows.append({"method": "the reference", **measures(exact, exact, targets), **own})
     draw(out / "agreement.png", rows[:-1])
     settings = {"warm-up": warmup, "draws": draws, "chains": CHAINS, "prior precision": PRIOR}
+    settings["samples"] = count
     return {"rows": rows, "data": task.digest, "settings": settings}
 
 
 def methods(
-    out: Path, chosen: Recipe, seeds: Sequence[int], inputs: Tensor
+    out: Path, chosen: Recipe, seeds: Sequence[int], inputs: Tensor, count: int
 ) -> Iterator[tuple[str, nn.Module, Samples | None, int]]:
     """Name, model, what predicts, and how many samples of it."""
     trained: dict[str, list[tuple[nn.Module, Samples | None]]] = {}
@@ -103,18 +104,15 @@ def methods(
             _, model, posterior = runs.load(compare.run_folder(out, optimizer, seed))
             trained.setdefault(optimizer, []).append((model, posterior))
             title = compare.LABELS[optimizer]
-            if optimizer in SAMPLED:
+            if posterior is not None:
                 yield f"{title} at the mean", model, None, 1
-            yield title, model, posterior, chosen.samples
+            yield title, model, posterior, count
     for model, _ in trained["sgd"]:
         for title, fit in LAPLACE.items():
-            yield title, model, fit(model, inputs, PRIOR), chosen.samples
+            yield title, model, fit(model, inputs, PRIOR), count
     if len(seeds) > 1:
         for title, optimizer in ENSEMBLES.items():
-            models = [model for model, _ in trained[optimizer]]
-            posteriors = [q for _, q in trained[optimizer] if isinstance(q, Posterior)]
-            mixture = Mixture(posteriors) if posteriors else baselines.ensemble(models)
-            yield title, models[0], mixture, chosen.samples if posteriors else len(seeds)
+            yield title, trained[optimizer][0][0], *baselines.together(trained[optimizer], count)
 
 
 def measures(probs: Tensor, exact: Tensor, targets: Tensor) -> dict[str, float]:
@@ -206,6 +204,6 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         for panel, key in zip(panels, ("agreement", "total variation"), strict=True):
             values = [row[key] for row in rows][::-1]
             panel.plot(values, names, "o")
-            panel.axvline(values[0], color="#8a8a8a", lw=0.8)  # between chains
+            panel.axvline(values[0], color="#8a8a8a", lw=0.8)  # as near as a chain is
         label(panels[0], "Right is better", "agreement with the reference", "")
         label(panels[1], "Left is better", "total variation to the reference", "")

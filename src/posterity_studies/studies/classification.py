@@ -13,7 +13,6 @@ from typing import Any
 
 from posterity_studies import compare, jobs
 from posterity_studies.recipes import PUBLISHED, recipe
-from posterity_studies.studies.in_domain import spread
 from posterity_studies.studies.pictures import COLOURS, label, picture
 from posterity_studies.train import Progress
 
@@ -38,7 +37,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
             found = [{m: r["evaluations"][evaluation][m] for m in METRICS} for r in runs]
             each.setdefault(name, {})[title] = found
             row: dict[str, Any] = {"method": title, "recipe": name}
-            row |= {metric: spread([f[metric] for f in found]) for metric in METRICS}
+            row |= {metric: compare.spread([f[metric] for f in found]) for metric in METRICS}
             rows.append(row | {"s/epoch": fmean(r["seconds_per_epoch"] for r in runs)})
     draw(out / "classification.png", results, each)
     digests = dict.fromkeys(r["provenance"]["data"] for r in results)

@@ -8,28 +8,25 @@ SGD's runs; a deep ensemble is SGD's runs together, Multi-IVON is IVON's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from torch import nn
 
-from posterity import Mixture, Posterior
 from posterity.binding import Samples
 from posterity_studies import baselines, compare, jobs, runs
+from posterity_studies.baselines import ENSEMBLES, LAPLACE
 from posterity_studies.recipes import Recipe, recipe
 from posterity_studies.studies.pictures import COLOURS, label, picture
 from posterity_studies.tasks import Task, load_task
 from posterity_studies.train import Progress, evaluate
 
 METRICS = ("accuracy", "nll", "ece", "brier", "ood_auroc", "ood_fpr_at_95")
-LAPLACE = {"last-layer Laplace": baselines.last_layer, "diagonal Laplace": baselines.diagonal}
-ENSEMBLES = {"deep ensemble": "sgd", "Multi-IVON": "ivon"}
-SAMPLED = {"ivon", "dropout", "swag", "bbb", "vogn"}
 
 Judged = dict[str, float]  # metrics, and the seconds of all training that it took
+Result = Mapping[str, Any]  # of a run
 
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
@@ -47,21 +44,22 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     task = load_task(chosen)
     found: dict[str, list[Judged]] = {}
     for (_, optimizer, _, folder), result in zip(work, results, strict=True):
-        name = compare.LABELS[optimizer]
-        for key, each in result["evaluations"].items():
-            title = f"{name} at the mean" if key == "mean" and optimizer in SAMPLED else name
-            kept = {m: each[m] for m in METRICS}
-            cost = {"seconds": result["seconds_per_epoch"] * result["epochs"]}
-            found.setdefault(title, []).append(kept | cost)
+        cost = {"seconds": seconds(result)}
+        for title, _, evaluation in compare.rows([result]):
+            each = result["evaluations"][evaluation]
+            title = title.split(",")[0]  # whatever the number of samples
+            found.setdefault(title, []).append({m: each[m] for m in METRICS} | cost)
         if optimizer == "sgd":
-            taken = result["seconds_per_epoch"] * result["epochs"]
             for title in progress(LAPLACE, len(LAPLACE), f"Laplace of {folder.name}"):
-                found.setdefault(title, []).append(fitted(title, folder, taken, task, chosen))
+                found.setdefault(title, []).append(fitted(title, folder, result, task, chosen))
     if len(seeds) > 1:
         for title, optimizer in ENSEMBLES.items():
-            folders = [compare.run_folder(out, optimizer, seed) for seed in seeds]
-            seconds = sum(each["seconds"] for each in found[compare.LABELS[optimizer]])
-            found[title] = [joined(title, folders, seconds, task, chosen)]
+            mine = [
+                (job[3], result)
+                for job, result in zip(work, results, strict=True)
+                if job[1] == optimizer
+            ]
+            found[title] = [joined(title, dict(mine), task, chosen)]
     sgd = sum(each["seconds"] for each in found["SGD"]) / len(seeds)
     rows = [_row(title, each, sgd) for title, each in found.items()]
     draw(out / "in-domain.png", found)
@@ -71,54 +69,48 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
 def _row(title: str, each: Sequence[Judged], sgd: float) -> dict[str, Any]:
     row: dict[str, Any] = {"method": title}
     for metric in METRICS:
-        row[metric] = spread([e[metric] for e in each])
+        row[metric] = compare.spread([e[metric] for e in each])
     return row | {"cost, SGD's": sum(e["seconds"] for e in each) / len(each) / sgd}
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, of several."""
-    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+def seconds(result: Result) -> float:
+    """All of a run's training."""
+    return result["seconds_per_epoch"] * result["epochs"]
 
 
-def fitted(title: str, folder: Path, seconds: float, task: Task, chosen: Recipe) -> Judged:
+def fitted(title: str, folder: Path, result: Result, task: Task, chosen: Recipe) -> Judged:
     """One of Laplace's Gaussians around a run of SGD, judged; what is done is read."""
 
-    def make() -> tuple[nn.Module, Samples, float]:
+    def make() -> Judged:
         _, model, _ = runs.load(folder)
         start = time.perf_counter()
         posterior = LAPLACE[title](model, task.train[0])
-        return model, posterior, seconds + time.perf_counter() - start
+        taken = seconds(result) + time.perf_counter() - start
+        return judged(model, posterior, task, chosen.samples) | {"seconds": taken}
 
-    return _judged(folder / f"{title.replace(' ', '-')}.json", make, task, chosen.samples)
+    path = folder / f"{title.replace(' ', '-')}.json"
+    return runs.kept(path, {"of": result["provenance"], "samples": chosen.samples}, make)
 
 
-def joined(
-    title: str, folders: Sequence[Path], seconds: float, task: Task, chosen: Recipe
-) -> Judged:
+def joined(title: str, members: Mapping[Path, Result], task: Task, chosen: Recipe) -> Judged:
     """Runs as one mixture, judged; what is done is read."""
-    loaded = [runs.load(folder) for folder in folders]
-    posteriors = [q for _, _, q in loaded if isinstance(q, Posterior)]
-    samples = chosen.samples if posteriors else len(folders)
 
-    def make() -> tuple[nn.Module, Samples, float]:
-        networks = [model for _, model, _ in loaded]
-        mixture = Mixture(posteriors) if posteriors else baselines.ensemble(networks)
-        return networks[0], mixture, seconds
+    def make() -> Judged:
+        loaded = [runs.load(folder)[1:] for folder in members]
+        mixture, samples = baselines.together(loaded, chosen.samples)
+        taken = sum(map(seconds, members.values()))
+        return judged(loaded[0][0], mixture, task, samples) | {"seconds": taken}
 
-    name = f"{title.replace(' ', '-')}-of-{'-'.join(folder.name for folder in folders)}.json"
-    return _judged(folders[0].parent / name, make, task, samples)
+    first = next(iter(members))
+    asked = {"of": [r["provenance"] for r in members.values()], "samples": chosen.samples}
+    names = "-".join(folder.name for folder in members)
+    return runs.kept(first.parent / f"{title.replace(' ', '-')}-of-{names}.json", asked, make)
 
 
-def _judged(
-    path: Path, make: Callable[[], tuple[nn.Module, Samples, float]], task: Task, samples: int
-) -> Judged:
-    if path.exists():
-        return runs.read_json(path)
-    model, posterior, seconds = make()
+def judged(model: nn.Module, posterior: Samples, task: Task, samples: int) -> Judged:
+    """The metrics of what predicts."""
     found = evaluate(model, posterior, task.test, task.ood, samples)
-    kept = {metric: found[metric] for metric in METRICS} | {"seconds": seconds}
-    runs.write_json(path, kept)
-    return kept
+    return {metric: found[metric] for metric in METRICS}
 
 
 def draw(path: Path, found: Mapping[str, Sequence[Judged]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -75,9 +76,15 @@ def judged(
     folder: Path, base: Recipe, samples: int, progress: Progress = silent
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Number of samples (0: the mean) → measure → mean and spread over groups; kept in a file."""
-    kept = folder / "mc-samples.json"
-    if kept.exists():
-        return runs.read_json(kept)
+    asked = {"samples": samples, "groups": GROUPS}
+    of = runs.read_json(folder / "result.json")["provenance"]
+    make = partial(_judged, folder, base, samples, progress)
+    return runs.kept(folder / "mc-samples.json", {**asked, "of": of}, make)
+
+
+def _judged(
+    folder: Path, base: Recipe, samples: int, progress: Progress
+) -> dict[str, dict[str, tuple[float, float]]]:
     _, model, posterior = runs.load(folder)
     assert posterior is not None
     inputs, targets = load_task(base).test
@@ -93,7 +100,6 @@ def judged(
         groups = [torch.stack(each[start : start + count]).mean(0) for start in starts]
         found[str(count)] = spread(groups, targets)
         count *= 2
-    runs.write_json(kept, found)
     return found
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from posterity_studies import jobs, runs
 from posterity_studies.data import text, tokens
 from posterity_studies.models.gpt import GPTConfig
 from posterity_studies.pretrain import RECIPES, Pretraining, held_rows, load, pretrain, scored
-from posterity_studies.recipes import UserError
 from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.train import Progress, silent
@@ -35,7 +35,7 @@ TRIALS: dict[str, list[Settings]] = {  # as many of each
         LanguageAdamw(lr=lr, beta2=beta2)
         for lr, beta2 in ((2e-3, 0.95), (3e-3, 0.95), (5e-3, 0.95), (3e-3, 0.99))
     ],
-    # noise alone, by (3), holds h at λg²/(2·memory) or so: steps go as lr·memory/λ
+    # noise alone, by (4), holds h at λg²/(2·memory) or so: steps go as lr·memory/λ
     "ivon": [
         LanguageIvon(lr=lr, ess=ess, memory=memory)
         for lr, ess, memory in (
@@ -50,7 +50,14 @@ TRIALS: dict[str, list[Settings]] = {  # as many of each
 
 Corpus = tuple[Tensor, tuple[Tensor, Tensor], str]
 Scores = Mapping[str, float]
-Chosen = tuple[int, Settings, list[dict[str, Any]]]  # of the trials: number, settings, and all
+
+
+class Chosen(NamedTuple):
+    """The best trial's number and settings, and all trials."""
+
+    number: int
+    settings: Settings
+    trials: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,35 +66,36 @@ class Scale:
 
     what: Pretraining
     trials: int = 4
-    test: int = 256
+    test: int = 1024
 
 
 SCALES = {
     "desk": Scale(Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True)),
     "smoke": Scale(
         Pretraining(GPTConfig(1, 2, 16, 32, vocabulary=256), steps=4, batch=2, every=2, held=2),
-        *(2, 4),
+        trials=2,
+        test=4,
     ),
 }
 
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
-    """Held-out loss of each optimizer at its best settings; nats a byte, means over seeds."""
+    """Held-out loss of each optimizer at its best settings; nats a token, means over seeds."""
     if scale == "paper":  # its settings need no trials
         what, settings = RECIPES["gpt2"]
         size, place = Scale(what), out / "tokens"
         facts = tokens.prepare("Skylion007/openwebtext", place, progress)
         digest = f"{facts['corpus']}, {facts['documents']} documents"
-        chosen: dict[str, Chosen] = {o: (0, s, []) for o, s in settings.items()}
+        chosen = {o: Chosen(0, s, []) for o, s in settings.items()}
     else:
         size, place = SCALES[scale], None
         digest = corpus()[2]
         chosen = search(out, size, seeds[0], progress)
     work = [(o, seed) for seed in seeds for o in chosen]
+    how = place, 1, size.test, COUNTS
     calls = [
-        (_folder(out, o, k, seed), size.what, settings, seed, place, 1, size.test, COUNTS)
+        (_folder(out, o, chosen[o].number, seed), size.what, chosen[o].settings, seed, *how)
         for o, seed in work
-        for k, settings, _ in [chosen[o]]
     ]
     found: dict[str, list[dict[str, Any]]] = {o: [] for o in chosen}
     results = jobs.each(trained, calls, progress, "runs", [c[0] for c in calls], bars=True)
@@ -98,8 +106,8 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     return {
         "rows": rows,
         "data": digest,
-        "trials": {o: tried for o, (_, _, tried) in chosen.items()},
-        "settings": {o: asdict(settings) for o, (_, settings, _) in chosen.items()},
+        "trials": {o: best.trials for o, best in chosen.items()},
+        "settings": {o: asdict(best.settings) for o, best in chosen.items()},
         "size": asdict(size),
         "runs": found,
     }
@@ -124,32 +132,24 @@ def search(out: Path, size: Scale, seed: int, progress: Progress) -> dict[str, C
         (_folder(out, o, k, seed), size.what, s, seed, None, 0, size.test, TRIED)
         for o, k, s in work
     ]
-    results = jobs.each(tried, calls, progress, "trials", [c[0] for c in calls], bars=True)
+    attempt = partial(jobs.unless_diverged, trained)
+    results = jobs.each(attempt, calls, progress, "trials", [c[0] for c in calls], bars=True)
     known: dict[str, list[tuple[float, int, Settings, Scores]]] = {o: [] for o in TRIALS}
-    for (optimizer, k, settings), scores in zip(work, results, strict=True):
+    for (optimizer, k, settings), result in zip(work, results, strict=True):
+        scores = result[1] if result else {}
         loss = scores.get(str(max(TRIED)), scores.get("mean", math.inf))
         known[optimizer].append((loss, k, settings, scores))
     chosen: dict[str, Chosen] = {}
     for optimizer, every in known.items():
         ranked = sorted(every, key=lambda t: t[:2])
-        table = [{"settings": asdict(s), "loss": loss, **scores} for loss, _, s, scores in ranked]
-        chosen[optimizer] = ranked[0][1], ranked[0][2], table
+        table = [{"settings": asdict(s), **scores} for _, _, s, scores in ranked]
+        chosen[optimizer] = Chosen(ranked[0][1], ranked[0][2], table)
     return chosen
 
 
 def _folder(out: Path, optimizer: str, number: int, seed: int) -> Path:
     """Of a run with an optimizer's settings of this number; a trial is one of them."""
     return out / f"{optimizer}-{number}-seed{seed}"
-
-
-def tried(*call: Any, progress: Progress = silent) -> Scores:
-    """The scores of :func:`trained`; none where training diverged."""
-    try:
-        return trained(*call, progress=progress)[1]
-    except UserError as error:
-        if "diverged" not in str(error):
-            raise
-        return {}
 
 
 def trained(
@@ -182,12 +182,14 @@ def trained(
         read = tokens.load(place)
         train, held = read["train"], read["held"].tensor_split(2)
     run = pretrain(what, settings, seed, folder, train, held[0], progress)
-    kept = folder / f"scores-{part}.json"
-    if not kept.exists():
+
+    def make() -> dict[str, float]:
         model, posterior = load(folder)
         rows = held_rows(held[part], replace(what, held=test))
-        runs.write_json(kept, dict(scored(model, rows, posterior, counts, progress)))
-    return run, runs.read_json(kept)
+        return dict(scored(model, rows, posterior, counts, progress, what.micro))
+
+    asked = {"of": run["provenance"], "sequences": test, "samples": counts}
+    return run, runs.kept(folder / f"scores-{part}.json", asked, make)
 
 
 def table(name: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -217,8 +219,8 @@ def draw(path: Path, found: Mapping[str, Sequence[dict[str, Any]]]) -> None:
                 panels[1].plot(COUNTS, values, "o-", label=f"{LABELS[optimizer]}, averaged")
             style = {"color": "#444444", "ls": "--" if optimizer == "ivon" else ":"}
             panels[1].axhline(at_mean, label=LABELS[optimizer], **style)
-        label(panels[0], "While training", "step", "held-out loss, nats a byte")
-        label(panels[1], "In the end, on other text", "posterior samples", "loss, nats a byte")
+        label(panels[0], "While training", "step", "held-out loss, nats a token")
+        label(panels[1], "In the end, on other text", "posterior samples", "loss, nats a token")
         panels[1].set_xscale("log", base=2)
         for panel in panels:
             panel.legend(fontsize=8)

@@ -2,8 +2,9 @@
 
 The competition's network, one hidden layer that gives a mean and a noise, on four tables, split
 into nine parts to train on and one to test with, anew for each seed. Both optimizers have as many
-trials on the first split, judged on a tenth of its training rows; then five runs of each are
-trained, and judged one by one and together.
+trials on the first split, judged on a tenth of its training rows (which other splits may test with:
+so it is for both); then five runs of each are trained, and judged one by one and together. IVON
+takes five samples a step, and so five passes where AdamW takes one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gaussian_nll_loss
 
-from posterity import Mixture, Posterior, predict
+from posterity import predict
 from posterity.binding import Samples
 from posterity_studies import baselines, jobs, runs
 from posterity_studies.data import packages, tabular
@@ -69,7 +70,9 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         for o in trials
     ]
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for call, scores in zip(calls, jobs.each(judged, calls, progress, "splits"), strict=True):
+    for call, scores in zip(
+        calls, jobs.each(judged, calls, progress, "splits", [c[0] for c in calls]), strict=True
+    ):
         for method, score in scores.items():
             found.setdefault((call[1], method), []).append(score)
     rows = []
@@ -82,7 +85,10 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         rows.append(row)
     draw(out / "tabular.png", found)
     settings = {t: {o: asdict(s) for o, s in each.items()} for t, each in chosen.items()}
-    losses = [{"table": t, "settings": asdict(s), "NLL": loss} for (t, s), loss in known.items()]
+    losses = [
+        {"table": t, "settings": asdict(s), "NLL": loss if math.isfinite(loss) else None}
+        for (t, s), loss in known.items()
+    ]
     read = packages.PACKAGES["tables"].sha256
     each = {f"{table}, {method}": scores for (table, method), scores in found.items()}
     return {"rows": rows, "data": read, "settings": settings, "trials": losses, "each": each}
@@ -124,9 +130,11 @@ def fitted(data: Data, settings: Settings, seed: int, epochs: int) -> tuple[nn.M
     return model, posterior(model) if posterior else None
 
 
-def scored(model: nn.Module, posterior: Samples | None, data: Data, unit: float) -> dict[str, Any]:
+def scored(
+    model: nn.Module, posterior: Samples | None, data: Data, unit: float, samples: int = SAMPLES
+) -> dict[str, Any]:
     """Of the Gaussian with the predictive mean and variance."""
-    p = predict(model, posterior, data[0], SAMPLES, likelihood="gaussian")
+    p = predict(model, posterior, data[0], samples, likelihood="gaussian")
     nll = gaussian_nll_loss(p.mean, data[1], p.variance, full=True).item() + math.log(unit)
     return {"RMSE": unit * (p.mean - data[1]).square().mean().sqrt().item(), "NLL": nll}
 
@@ -136,35 +144,41 @@ def tried_on(path: Path, table: str, settings: Settings, epochs: int) -> float:
 
     It is kept in a file.
     """
-    if path.exists():
-        return runs.read_json(path)
-    (x, y), _, unit = split(table, 0)
-    kept = round(0.9 * len(y))
-    model, posterior = fitted((x[:kept], y[:kept]), settings, 0, epochs)
-    loss = scored(model, posterior, (x[kept:], y[kept:]), unit)["NLL"]
-    loss = loss if math.isfinite(loss) else math.inf
-    runs.write_json(path, loss)
-    return loss
+
+    def make() -> float | None:
+        (x, y), _, unit = split(table, 0)
+        kept = round(0.9 * len(y))
+        model, posterior = fitted((x[:kept], y[:kept]), settings, 0, epochs)
+        loss = scored(model, posterior, (x[kept:], y[kept:]), unit)["NLL"]
+        return loss if math.isfinite(loss) else None
+
+    loss = runs.kept(path, asked(settings, epochs), make)
+    return math.inf if loss is None else loss
+
+
+def asked(settings: Settings, epochs: int) -> dict[str, Any]:
+    """All that a kept score depends on, beside its name."""
+    kept = {"kind": type(settings).__name__, **asdict(settings), "epochs": epochs}
+    return kept | {"members": MEMBERS, "batch": BATCH, "samples": SAMPLES, "rows": ROWS}
 
 
 def judged(
     path: Path, table: str, optimizer: str, settings: Settings, seed: int, epochs: int
 ) -> dict[str, dict[str, float]]:
     """One split: the mean of single runs' scores, and that of all together; kept in a file."""
-    if path.exists():
-        return runs.read_json(path)
-    train, test, unit = split(table, seed)
-    fits = [fitted(train, settings, MEMBERS * seed + k, epochs) for k in range(MEMBERS)]
-    each = [scored(model, posterior, test, unit) for model, posterior in fits]
-    posteriors = [q for _, q in fits if isinstance(q, Posterior)]
-    together = Mixture(posteriors) if posteriors else baselines.ensemble([m for m, _ in fits])
-    one, all_of_them = TITLES[optimizer]
-    found = {
-        one: {m: fmean(e[m] for e in each) for m in each[0]},
-        all_of_them: scored(fits[0][0], together, test, unit),
-    }
-    runs.write_json(path, found)
-    return found
+
+    def make() -> dict[str, dict[str, float]]:
+        train, test, unit = split(table, seed)
+        fits = [fitted(train, settings, MEMBERS * seed + k, epochs) for k in range(MEMBERS)]
+        each = [scored(model, posterior, test, unit) for model, posterior in fits]
+        together, samples = baselines.together(fits, SAMPLES)
+        one, all_of_them = TITLES[optimizer]
+        return {
+            one: {m: fmean(e[m] for e in each) for m in each[0]},
+            all_of_them: scored(fits[0][0], together, test, unit, samples),
+        }
+
+    return runs.kept(path, asked(settings, epochs), make)
 
 
 def draw(path: Path, found: dict[tuple[str, str], list[dict[str, float]]]) -> None:
