@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ def optimizers(device: str, threads: int, rounds: int) -> Rows:
                 rounds=3 if peer.slow and large else rounds,
                 device=device,
                 numel=numel,
-                repeats=1 if large else 50,
+                repeats=1 if large and device == "cpu" else 50,
             )
             yield f"{case}, {on}", name, found
 
@@ -114,24 +116,42 @@ def networks(device: str) -> Iterator[Network]:
 
 
 def training(device: str, rounds: int) -> Rows:
-    """Whole steps: forward and backward pass and optimizer."""
+    """Whole steps: forward and backward pass and optimizer; on a GPU their peak memory too."""
     torch.set_num_threads(2)
     for case, model, loss in networks(device):
         params = list(model.parameters())
-        base = PEERS[BASE].build(params)
 
         def closure():
             model.zero_grad()
             loss(model).backward()
 
+        def peak(name: str) -> int:
+            """Bytes, with no other optimizer in memory."""
+            opt, peer = PEERS[name].build(params), PEERS[name]
+            for _ in range(2):
+                peer.step(opt, closure)
+            gc.collect()  # the last one
+            torch.cuda.reset_peak_memory_stats()
+            peer.step(opt, closure)
+            return torch.cuda.max_memory_allocated()
+
+        names = ("IVON", "IVON, no mean", "IVON, context", "ivon-opt")
+        peaks = {name: peak(name) for name in (BASE, *names)} if device == "cuda" else {}
+        base = PEERS[BASE].build(params)
+
         def least():
             closure()
             base.step()
 
-        for name in ("IVON", "IVON, no mean", "IVON, context", "ivon-opt"):
+        for name in names:
             opt, peer = PEERS[name].build(params), PEERS[name]
             few = max(rounds // 2, 3) if peer.slow else rounds
-            found = ratio(lambda: peer.step(opt, closure), least, rounds=few, device=device)
+            times = 5 if device == "cuda" else 1
+            step = partial(peer.step, opt, closure)
+            found = ratio(step, least, rounds=few, device=device, repeats=times)
+            if found and peaks:
+                found["memory ratio"] = peaks[name] / peaks[BASE]
+                found["gigabytes"] = peaks[name] / 1e9
             yield case, name, found
 
 
@@ -165,5 +185,6 @@ def sizes(device: str, rounds: int) -> Rows:
                 rounds=rounds,
                 device=device,
                 numel=numel,
+                repeats=10 if device == "cuda" else 1,
             )
             yield f"{numel:,} parameters", name, found and found | {"numel": numel}

@@ -39,7 +39,8 @@ def ratio(
         device: that both run on.
         numel: number of parameters, where ``base`` is the optimizer alone: rounds in which it
             takes more than 1 ms per million on two threads are thrown away.
-        repeats: steps of a round, where one is too short for the clock.
+        repeats: steps of a round, where one is too short for the clock; on a GPU they are issued
+            one after another, as a training loop does.
     """
 
     def several(step: Callable[[], object]) -> float:

@@ -277,9 +277,9 @@ class Study:
     name: tyro.conf.Positional[str] = ""
     """One of the list."""
     seeds: tuple[int, ...] = (0,)
-    scale: Literal["smoke", "desk", "paper"] = "desk"
-    """smoke takes seconds and its numbers mean nothing; paper is the published size, and takes
-    GPUs: CIFAR-10 with ResNet-20, GPT-2 on OpenWebText."""
+    scale: Literal["smoke", "desk", "gpu", "paper"] = "desk"
+    """smoke takes seconds and its numbers mean nothing; gpu takes minutes on one; paper is the
+    published size, and takes several: CIFAR-10 with ResNet-20, GPT-2 on OpenWebText."""
     out: Path | None = None
     """Folder of the study; default runs/studies/NAME. What is finished there is used again."""
     results: Path | None = None

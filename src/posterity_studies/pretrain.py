@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Pretraining:
     warmup: int = 100  # steps; cosine decay to zero after
     clip: float = 1.0  # of the gradient's norm, per micro-batch
     bf16: bool = False  # autocast
+    compiled: bool = False
     every: int = 100  # steps between looks at the held-out text, and checkpoints
     held: int = 96  # held-out sequences at each look
 
@@ -139,17 +140,21 @@ def _pretrain(
         schedule.load_state_dict(saved["schedule"])
         done, curve, times = saved["step"], saved["curve"], saved["times"]
     replica = ranks.replica(model)
+    if what.compiled:
+        replica = cast(nn.Module, torch.compile(replica))
     losses: list[Tensor] = []
     left = range(done + 1, what.steps + 1)
+    start = time.perf_counter()
     for step in progress(left, len(left), f"{type(settings).__name__}, seed {seed}"):
-        start = time.perf_counter()
         losses.append(_step(what, replica, opt, windows(train, what.batch, context, seed, step)))
         schedule.step()
-        times.append(time.perf_counter() - start)
         if step % what.every and step < what.steps:
             continue
         curve["step"].append(step)
-        curve["train"].append(ranks.average(torch.stack(losses).mean()).item())
+        curve["train"].append(
+            ranks.average(torch.stack(losses).mean()).item()
+        )  # a GPU is waited for
+        times.append((time.perf_counter() - start) / len(losses))
         curve["held"].append(scored(model, held_rows(held, what), None, batch=what.micro)["mean"])
         losses.clear()
         if not math.isfinite(curve["train"][-1] + curve["held"][-1]):
@@ -158,6 +163,7 @@ def _pretrain(
             checkpoint = {"model": model.state_dict(), "optimizer": opt.state_dict()}
             checkpoint |= {"schedule": schedule.state_dict(), "step": step}
             runs.write_checkpoint(path, {**checkpoint, "curve": curve, "times": times})
+        start = time.perf_counter()
     result = {
         **config,
         "parameters": sum(p.numel() for p in model.parameters()),

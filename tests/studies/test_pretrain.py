@@ -156,7 +156,8 @@ def corpus(tmp_path, monkeypatch):
 def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeypatch):
     diverging = LanguageAdamw(lr=float("inf"))
     trials = {"adamw": [diverging, BOTH["adamw"]], "ivon": [BOTH["ivon"], LanguageIvon(lr=1e-9)]}
-    monkeypatch.setattr(pretraining, "TRIALS", trials)
+    smoke = replace(pretraining.SCALES["smoke"], trials=trials)
+    monkeypatch.setitem(pretraining.SCALES, "smoke", smoke)
     found = pretraining.study(tmp_path / "out", [0, 1], "smoke", silent)
     assert json.loads(json.dumps(found, allow_nan=True))["rows"] == found["rows"]
     assert [len(tried) for tried in found["trials"].values()] == [2, 2]
@@ -174,4 +175,5 @@ def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeyp
 
 
 def test_as_many_trials_of_each():
-    assert len({len(tried) for tried in pretraining.TRIALS.values()}) == 1
+    for scale in pretraining.SCALES.values():
+        assert len({len(tried) for tried in scale.trials.values()}) == 1

@@ -185,7 +185,7 @@ def test_agreement_and_total_variation_by_hand():
 def test_the_papers_scale_is_of_some_studies(call, tmp_path):
     done = call("study", "gap", "--scale", "paper", "--out", tmp_path / "x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "gap has no paper scale; pretraining," in done.stderr
+    assert "gap has no scale 'paper'; pretraining," in done.stderr
     chosen = recipes.recipe("published-baselines")
     assert chosen.network == "resnet20-frn"
     assert len(chosen.optimizers) == 8

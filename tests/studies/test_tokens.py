@@ -167,10 +167,9 @@ def test_the_papers_scale_prepares_its_tokens(vocabulary, tmp_path, monkeypatch)
 
     def documents(corpus):
         asked.append(corpus)
-        return [f"{word} {k}" for k, word in enumerate(WORDS * 8)], 0
+        return [f"{word} {k}" for k, word in enumerate(WORDS * 8)], 0, lambda place: place % 2 == 0
 
     monkeypatch.setattr(tokens, "documents", documents)
-    monkeypatch.setattr(tokens, "HELD_OUT", 2)
     what, settings = pretrain.RECIPES["gpt2"]
     small = replace(what, shape=GPTConfig(1, 2, 16, 8), batch=2, micro=1, held=2, steps=2)
     monkeypatch.setitem(pretrain.RECIPES, "gpt2", (small, settings))

@@ -14,11 +14,12 @@ paper's lines (1) to (7).
 from __future__ import annotations
 
 import os
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from functools import reduce
+from itertools import repeat, starmap
+from operator import or_
 
 import torch
 import triton
@@ -41,6 +42,7 @@ SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE = (
     tl.constexpr(p) for p in (fused.SAMPLE, fused.UNSAMPLE, fused.ACCUMULATE, fused.UPDATE)
 )
 
+ONE = torch.tensor(1.0)  # foreach would make one for each counter on the CPU
 _captured: list[Tensor] = []  # tables on the host: graphs copy them again when they are replayed
 
 
@@ -255,12 +257,8 @@ def _passes(
                 tl.store(hess, e, inside)
 
 
-def _word(x: float) -> int:
-    return struct.unpack("=Q", struct.pack("=d", x))[0]
-
-
 def _table(
-    rows: list[list[Any]], settings: Settings, device: torch.device, debias: Tensor | None
+    rows: list[Row], settings: Settings, device: torch.device, debias: Tensor | None
 ) -> Tensor:
     """Header and rows on the device."""
     noise, numbers = settings.noise, settings[1:]
@@ -268,9 +266,8 @@ def _table(
     number = 0 if isinstance(draw, Tensor) else draw % 2**64
     unread = {i: x for i, x in enumerate(numbers) if isinstance(x, Tensor) and x.device == device}
     known = [0.0 if i in unread else float(x) for i, x in enumerate(numbers)]
-    packed = bytearray(SETTINGS.pack(key, number, sign, *known))
-    for row in rows:
-        packed += ROW.pack(*row)
+    header = SETTINGS.pack(key, number, sign, *known)
+    packed = bytearray(b"".join((header, *starmap(ROW.pack, rows))))
     host = torch.frombuffer(packed, dtype=torch.int64)
     if device.type == "cuda":
         host = host.pin_memory()
@@ -306,49 +303,45 @@ class Triton(Fused):
         steps: Tensors,
     ) -> None:
         """One launch for the rows of each kind of memory: one in all, if their dtypes are alike."""
-        alike: dict[tuple[int, bool, bool, bool], list[int]] = defaultdict(list)
-        unpacked = [*map(list, rows)]
-        for i, row in enumerate(unpacked):
-            aligned = not (any(a % 16 for a in row[:NUMEL]) or row[NUMEL] % 4 or row[START] % 4)
-            if row[NUMEL]:
-                alike[row[END], bool(row[MEAN]), bool(row[GRAD_SUM]), aligned].append(i)
-            else:
-                done([i])
-                for count in steps[i : i + 1]:
-                    count += 1
-        for (flags, mean, sums, aligned), members in alike.items():
-            chosen, end, unread = [unpacked[i] for i in members], 0, None
-            counts = [steps[i] for i in members if steps]
-            for row in chosen:
-                end += -(-(row[START] % CHUNK + row[NUMEL]) // BLOCK)
-                row[END] = end  # where its flags stood, which are those of the whole launch
-            if counts and (counts[0].is_cuda or INTERPRETED):
-                unread = 1 / (1 - settings.debias ** (torch.stack(counts).double() + 1))  # (5)
-            else:
-                for row, count in zip(chosen, counts, strict=False):
-                    row[DEBIAS] = _word(1 / (1 - settings.debias ** (float(count) + 1)))
-            with torch.cuda.device(at.device) if at.is_cuda else nullcontext():
-                _passes[(end,)](
-                    *(_table(chosen, settings, at.device, unread), len(chosen)),
-                    PASS=kind,
-                    LOW=bool(flags & fused.LOW),
-                    LOW_GRAD=bool(flags & fused.LOW_GRAD),
-                    REGENERATE=bool(flags & fused.REGENERATE),
-                    HELD=bool(flags & fused.HELD),
-                    APART=bool(flags & fused.APART),
-                    MEAN=mean,
-                    SUMS=sums,
-                    PRICE=settings.square_scale <= 0,
-                    ALIGNED=aligned,
-                    PAIRS=PAIRS,
-                    TILES=TILES,
-                    HEADER_WORDS=SETTINGS.size // 8,
-                    WORDS=WORDS,
-                    enable_fp_fusion=True,
-                )
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (*addresses, numel, _, start, flags, _) in enumerate(rows):
+            aligned = not reduce(or_, addresses) & 15 | (numel | start) & 3
+            alike[flags, addresses[MEAN] > 0, addresses[GRAD_SUM] > 0, aligned, numel > 0].append(i)
+        for (flag, mean, sums, aligned, some), members in alike.items():
+            counts = [steps[i] for i in members] if steps else []
+            if some:
+                words, debias = repeat(0), None
+                if counts:
+                    debias = 1 / (1 - settings.debias ** (torch.stack(counts).double() + 1))  # (5)
+                    if not (debias.is_cuda or isinstance(settings.lr, Tensor)):  # may be read
+                        words, debias = debias.view(torch.int64).tolist(), None
+                chosen, end = [], 0
+                for i, word in zip(members, words):  # noqa: B905
+                    *row, _, _ = rows[i]
+                    end += -(-(row[START] % CHUNK + row[NUMEL]) // BLOCK)
+                    chosen.append((*row, end, word))
+                with torch.cuda.device(at.device) if at.is_cuda else nullcontext():
+                    _passes[(end,)](
+                        *(_table(chosen, settings, at.device, debias), len(chosen)),
+                        PASS=kind,
+                        LOW=bool(flag & fused.LOW),
+                        LOW_GRAD=bool(flag & fused.LOW_GRAD),
+                        REGENERATE=bool(flag & fused.REGENERATE),
+                        HELD=bool(flag & fused.HELD),
+                        APART=bool(flag & fused.APART),
+                        MEAN=mean,
+                        SUMS=sums,
+                        PRICE=settings.square_scale <= 0,
+                        ALIGNED=aligned,
+                        PAIRS=PAIRS,
+                        TILES=TILES,
+                        HEADER_WORDS=SETTINGS.size // 8,
+                        WORDS=WORDS,
+                        enable_fp_fusion=True,
+                    )
             done(members)
             if counts:
-                torch._foreach_add_(counts, 1)  # pyright: ignore
+                torch._foreach_add_(counts, 1 if counts[0].is_cuda else ONE)  # pyright: ignore
 
 
 passes = Triton()

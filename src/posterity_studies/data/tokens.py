@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from posterity_studies.recipes import UserError
 from posterity_studies.train import Progress, silent
 
 END = 50256  # <|endoftext|>, after every document
-HELD_OUT = 2000  # every so many-th document is held out, as nanoGPT does
+HELD_OUT = 2000  # every so many-th document is held out, as nanoGPT does; texts have a part for it
 AT_ONCE = 256  # documents between two saves
 PARTS = ("train", "held")
 
@@ -39,8 +39,10 @@ def bpe() -> Any:
     return ByteLevelBPETokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
 
 
-def documents(corpus: str) -> tuple[Iterable[str], int]:
-    """The documents of a corpus, always in the same order, and how many (0: unknown).
+def documents(corpus: str) -> tuple[Iterable[str], int, Callable[[int], bool]]:
+    """The documents of a corpus, always in the same order.
+
+    Their number comes along (0: unknown), and which are held out, by their places, from 1 on.
 
     Args:
         corpus: a text of ``posterity_studies.data.text``, several joined by ``+``; a file, or a
@@ -53,19 +55,27 @@ def documents(corpus: str) -> tuple[Iterable[str], int]:
     """
     if all(name in text.TEXTS for name in corpus.split("+")):
         bodies = [text.load(name) for name in corpus.split("+")]
-        pieces = [piece for body in bodies for piece in _pieces(bytes(body.train.numpy()))]
-        return pieces, len(pieces)
+        train, held = (
+            [piece for body in part for piece in _pieces(bytes(body.numpy()))]
+            for part in ([b.train for b in bodies], [b.test for b in bodies])
+        )
+        return train + held, len(train + held), lambda place: place > len(train)
     path = Path(corpus)
     if path.exists():
         files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path} holds no *.txt")
-        return (file.read_text(encoding="utf-8", errors="replace") for file in files), len(files)
+        texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+        return texts, len(files), _one_of_many
     if corpus.count("/") != 1:
         known = ", ".join(text.TEXTS)
         raise UserError(f"no corpus {corpus!r}: name a file or folder, OWNER/NAME, or {known}")
     rows = hub.load(corpus, split="train", streaming=True)
-    return (row["text"] for row in rows), 0
+    return (row["text"] for row in rows), 0, _one_of_many
+
+
+def _one_of_many(place: int) -> bool:
+    return place % HELD_OUT == 0
 
 
 def _pieces(body: bytes, size: int = 1 << 14) -> Iterator[str]:
@@ -97,7 +107,7 @@ def prepare(corpus: str, folder: Path, progress: Progress = silent) -> dict[str,
     if saved.exists() and (state := runs.read_json(saved))["corpus"] != corpus:
         raise UserError(f"{folder} holds the tokens of {state['corpus']}: choose another --out")
     tokenizer = bpe()
-    every, total = documents(corpus)
+    every, total, is_held = documents(corpus)
     left = islice(every, state["documents"], None)
     runs.write_json(saved, state)
     with ExitStack() as stack:
@@ -108,7 +118,7 @@ def prepare(corpus: str, folder: Path, progress: Progress = silent) -> dict[str,
         while batch := list(islice(left, AT_ONCE)):
             for encoded in tokenizer.encode_batch(batch):
                 state["documents"] += 1
-                part = "train" if state["documents"] % HELD_OUT else "held"
+                part = "held" if is_held(state["documents"]) else "train"
                 np.array([*encoded.ids, END], np.uint16).tofile(files[part])
                 state[part] += len(encoded.ids) + 1
                 next(bar, None)

@@ -17,8 +17,10 @@ from posterity_studies import runs
 from posterity_studies.recipes import UserError
 from posterity_studies.train import Progress, silent
 
-# smoke: seconds, for tests, its numbers mean nothing; paper: the published size, on GPUs
-Scale = Literal["smoke", "desk", "paper"]
+# smoke: seconds, for tests, its numbers mean nothing; gpu: minutes on one; paper: the
+# published size, on several
+Scale = Literal["smoke", "desk", "gpu", "paper"]
+GPU = ("pretraining",)  # studies that have that scale
 PAPER = (
     "pretraining",
     "classification",
@@ -27,7 +29,7 @@ PAPER = (
     "ood",
     "finetuning",
     "merging",
-)  # studies that have the paper's scale
+)
 
 STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "pretraining": "Does IVON train a language model from scratch as well as AdamW?",
@@ -58,8 +60,9 @@ def study(
     """
     if name not in STUDIES:
         raise UserError(f"no study {name!r}; there are {', '.join(STUDIES)}")
-    if scale == "paper" and name not in PAPER:
-        raise UserError(f"{name} has no paper scale; {', '.join(PAPER)} have")
+    having = {"gpu": GPU, "paper": PAPER}.get(scale)
+    if having is not None and name not in having:
+        raise UserError(f"{name} has no scale {scale!r}; {', '.join(having)} have")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("--seeds needs one number or more, each once")
     asked = {"study": name, "scale": scale, "seeds": list(seeds)}

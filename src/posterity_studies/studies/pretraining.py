@@ -1,6 +1,7 @@
 """A language model from scratch: IVON and AdamW on the same tokens (figures 1 and 2).
 
-A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. Both optimizers have as
+A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16; on a GPU (scale "gpu")
+GPT-2 (124M) over its own tokens of them. Both optimizers have as
 many trials, as long as the runs (what is best after a quarter of the steps is not best in the end),
 with the first seed, judged on one half of the held-out text, IVON's as it will be used: averaged
 over samples. The best is trained with every seed and scored on the other half.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from posterity_studies import jobs, runs
 from posterity_studies.data import text, tokens
-from posterity_studies.models.gpt import GPTConfig
+from posterity_studies.models.gpt import GPT2, GPTConfig
 from posterity_studies.pretrain import RECIPES, Pretraining, held_rows, load, pretrain, scored
 from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
 from posterity_studies.studies.pictures import label, picture
@@ -30,22 +31,18 @@ from posterity_studies.train import Progress, silent
 TEXTS = ("anarchism", "dictionary")
 COUNTS, TRIED = (1, 8, 32), (8,)  # posterior samples: of results and of trials
 LABELS = {"adamw": "AdamW", "ivon": "IVON"}
-TRIALS: dict[str, list[Settings]] = {  # as many of each
-    "adamw": [
-        LanguageAdamw(lr=lr, beta2=beta2)
-        for lr, beta2 in ((2e-3, 0.95), (3e-3, 0.95), (5e-3, 0.95), (3e-3, 0.99))
-    ],
-    # noise alone, by (4), holds h at λg²/(2·memory) or so: steps go as lr·memory/λ
-    "ivon": [
-        LanguageIvon(lr=lr, ess=ess, memory=memory)
-        for lr, ess, memory in (
-            (1e3, 1e10, 2e3),
-            (1e3, 3e9, 1e3),
-            (2e3, 1e10, 5e2),
-            (1e3, 1e9, 5e2),
-        )
-    ],
-}
+Trials = Mapping[str, Sequence[Settings]]  # as many of each optimizer
+
+
+def trials(adamw: Sequence[tuple[float, float]], ivon: Sequence[tuple[float, float, float]]):
+    """AdamW with each lr and β2, and IVON with each lr, λ and memory.
+
+    Noise alone, by (4), holds h at λg²/(2·memory) or so: IVON's steps go as lr·memory/λ.
+    """
+    return {
+        "adamw": [LanguageAdamw(lr=lr, beta2=beta2) for lr, beta2 in adamw],
+        "ivon": [LanguageIvon(lr=lr, ess=ess, memory=memory) for lr, ess, memory in ivon],
+    }
 
 
 Corpus = tuple[Tensor, tuple[Tensor, Tensor], str]
@@ -62,18 +59,39 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """What is trained, how many trials there are, and on how many sequences all is scored."""
+    """What is trained, the trials, and on how many sequences all is scored.
+
+    ``corpus`` is what ``tokens.prepare`` takes; None for bytes of the study's own texts.
+    """
 
     what: Pretraining
-    trials: int = 4
+    trials: Trials
     test: int = 1024
+    corpus: str | None = None
 
 
 SCALES = {
-    "desk": Scale(Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True)),
+    "desk": Scale(
+        Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True),
+        trials(
+            ((2e-3, 0.95), (3e-3, 0.95), (5e-3, 0.95), (3e-3, 0.99)),
+            ((1e3, 1e10, 2e3), (1e3, 3e9, 1e3), (2e3, 1e10, 5e2), (1e3, 1e9, 5e2)),
+        ),
+    ),
+    "gpu": Scale(  # a gradient's share of each weight is an eighth of the desk's: so is λ/memory
+        Pretraining(
+            GPT2["gpt2"], steps=600, batch=8, micro=8, bf16=True, compiled=True, every=50, held=32
+        ),
+        trials(
+            ((6e-4, 0.95), (1e-3, 0.95), (2e-3, 0.95), (1e-3, 0.99)),
+            ((1e3, 1e10, 1e3), (1e3, 1e10, 250.0), (2e3, 1e10, 250.0), (1e3, 3e9, 100.0)),
+        ),
+        test=128,
+        corpus="+".join(TEXTS),
+    ),
     "smoke": Scale(
         Pretraining(GPTConfig(1, 2, 16, 32, vocabulary=256), steps=4, batch=2, every=2, held=2),
-        trials=2,
+        trials(((3e-3, 0.95), (3e-3, 0.99)), ((1e3, 1e10, 2e3), (1e3, 1e9, 5e2))),
         test=4,
     ),
 }
@@ -83,14 +101,17 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     """Held-out loss of each optimizer at its best settings; nats a token, means over seeds."""
     if scale == "paper":  # its settings need no trials
         what, settings = RECIPES["gpt2"]
-        size, place = Scale(what), out / "tokens"
-        facts = tokens.prepare("Skylion007/openwebtext", place, progress)
-        digest = f"{facts['corpus']}, {facts['documents']} documents"
-        chosen = {o: Chosen(0, s, []) for o, s in settings.items()}
+        size = Scale(what, {o: [s] for o, s in settings.items()}, corpus="Skylion007/openwebtext")
     else:
-        size, place = SCALES[scale], None
+        size = SCALES[scale]
+    place, digest = None, ""
+    if size.corpus is None:
         digest = corpus()[2]
-        chosen = search(out, size, seeds[0], progress)
+    else:
+        place = out / "tokens"
+        facts = tokens.prepare(size.corpus, place, progress)
+        digest = f"{facts['corpus']}, {facts['documents']} documents"
+    chosen = search(out, size, place, seeds[0], progress)
     work = [(o, seed) for seed in seeds for o in chosen]
     how = place, 1, size.test, COUNTS
     calls = [
@@ -108,7 +129,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         "data": digest,
         "trials": {o: best.trials for o, best in chosen.items()},
         "settings": {o: asdict(best.settings) for o, best in chosen.items()},
-        "size": asdict(size),
+        "size": {"test": size.test, **asdict(size.what)},
         "runs": found,
     }
 
@@ -125,16 +146,20 @@ def corpus() -> Corpus:
     )
 
 
-def search(out: Path, size: Scale, seed: int, progress: Progress) -> dict[str, Chosen]:
+def search(
+    out: Path, size: Scale, place: Path | None, seed: int, progress: Progress
+) -> dict[str, Chosen]:
     """Of each optimizer the trial of the lowest loss, and all of them, best first."""
-    work = [(o, k, s) for o, every in TRIALS.items() for k, s in enumerate(every[: size.trials])]
+    if all(len(every) == 1 for every in size.trials.values()):
+        return {o: Chosen(0, only, []) for o, (only,) in size.trials.items()}
+    work = [(o, k, s) for o, every in size.trials.items() for k, s in enumerate(every)]
     calls = [
-        (_folder(out, o, k, seed), size.what, s, seed, None, 0, size.test, TRIED)
+        (_folder(out, o, k, seed), size.what, s, seed, place, 0, size.test, TRIED)
         for o, k, s in work
     ]
     attempt = partial(jobs.unless_diverged, trained)
     results = jobs.each(attempt, calls, progress, "trials", [c[0] for c in calls], bars=True)
-    known: dict[str, list[tuple[float, int, Settings, Scores]]] = {o: [] for o in TRIALS}
+    known: dict[str, list[tuple[float, int, Settings, Scores]]] = {o: [] for o in size.trials}
     for (optimizer, k, settings), result in zip(work, results, strict=True):
         scores = result[1] if result else {}
         loss = scores.get(str(max(TRIED)), scores.get("mean", math.inf))
