@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
-import torch
 from rich.console import Console
 
 from benchmarks import cases
@@ -90,8 +89,6 @@ def main() -> None:
     if costs:
         picture(costs, given.out / "cost.png")
     facts = {"base": BASE, "float64": errors, "found": found, "provenance": provenance(0, "none")}
-    if device == "cuda":
-        facts["provenance"]["device"] = torch.cuda.get_device_name()
     write_json(given.out / "bench.json", facts)
     console.print(f"written to {given.out}")
 

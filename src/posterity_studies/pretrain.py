@@ -144,7 +144,7 @@ def _pretrain(
         replica = cast(nn.Module, torch.compile(replica))
     losses: list[Tensor] = []
     left = range(done + 1, what.steps + 1)
-    start = time.perf_counter()
+    start, saved, cost = time.perf_counter(), -math.inf, 0.0
     for step in progress(left, len(left), f"{type(settings).__name__}, seed {seed}"):
         losses.append(_step(what, replica, opt, windows(train, what.batch, context, seed, step)))
         schedule.step()
@@ -159,10 +159,13 @@ def _pretrain(
         losses.clear()
         if not math.isfinite(curve["train"][-1] + curve["held"][-1]):
             raise Diverged(f"the training diverged at step {step}: lower the lr")
-        if ranks.first():
+        if ranks.first() and time.perf_counter() - saved > 10 * cost:  # no more than a tenth of all
+            began = time.perf_counter()
             checkpoint = {"model": model.state_dict(), "optimizer": opt.state_dict()}
             checkpoint |= {"schedule": schedule.state_dict(), "step": step}
             runs.write_checkpoint(path, {**checkpoint, "curve": curve, "times": times})
+            saved = time.perf_counter()
+            cost = saved - began
         start = time.perf_counter()
     result = {
         **config,

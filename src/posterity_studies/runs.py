@@ -215,6 +215,7 @@ def provenance(seed: int | str, data_digest: str, code: str | None = None) -> di
 
     ``code`` is the commit of when it was begun, by :func:`git_hash`: it may be another now.
     """
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {
         "seed": str(seed),
         "data": data_digest,
@@ -223,13 +224,16 @@ def provenance(seed: int | str, data_digest: str, code: str | None = None) -> di
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
-        "device": f"{processor()}, {torch.get_num_threads()} threads",
+        "device": ", ".join([*gpu, processor(), f"{torch.get_num_threads()} threads"]),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def git_hash() -> str:
-    """The commit of the code that runs, with ``+`` for local changes; or ``unknown``."""
+    """The commit of the code that runs, with ``+`` for local changes.
+
+    Of a copy without git it is the variable ``POSTERITY_COMMIT``, or ``unknown``.
+    """
     here = Path(__file__).parent
 
     def git(*command: str) -> str:
@@ -242,7 +246,7 @@ def git_hash() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent))
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("POSTERITY_COMMIT", "unknown")
 
 
 def processor() -> str:

@@ -48,6 +48,23 @@ def test_a_run_learns_and_can_be_read(name, tmp_path):
     assert run(BOTH[name], tmp_path / "run", replace(SMALL, steps=60, every=20)) == found
 
 
+def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):
+    compiled = []
+
+    def traced(model):
+        compiled.append(model)
+        return whole(model, backend="eager", fullgraph=True)
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    curves = [
+        run(BOTH["ivon"], tmp_path / str(how), replace(SMALL, compiled=how))["curve"]
+        for how in (False, True)
+    ]
+    assert curves[0] == curves[1]
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path):
     run(BOTH[name], tmp_path / "whole")

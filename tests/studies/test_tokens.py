@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from posterity_studies import pretrain, runs
-from posterity_studies.data import packages, tokens
+from posterity_studies.data import cache, packages, text, tokens
 from posterity_studies.models.gpt import GPTConfig
 from posterity_studies.recipes import UserError
 from posterity_studies.studies import pretraining
@@ -90,6 +91,20 @@ def test_a_killed_call_goes_on_to_the_same_files(corpus, tmp_path, monkeypatch):
     assert tokens.prepare(str(corpus), tmp_path / "whole") == whole  # and is not done again
 
 
+def test_a_text_holds_out_its_own_part(vocabulary, tmp_path, monkeypatch):
+    train, test = (np.frombuffer(bytearray(t), np.uint8) for t in (b"to learn\n" * 9, b"to test\n"))
+    arrays = {"train.inputs": train, "test.inputs": test}
+    arrays |= {f"{split}.targets": np.zeros(0, np.uint8) for split in ("train", "test")}
+    cache.prepare("anarchism")
+    cache.write("anarchism", arrays, "made for a test")
+    origin = replace(text.TEXTS["anarchism"], digest=cache.digest(arrays))
+    monkeypatch.setattr(text, "TEXTS", {"anarchism": origin})
+    tokens.prepare("anarchism", tmp_path / "out")
+    found = tokens.load(tmp_path / "out")
+    assert read_back(found["train"]) == ["to learn\n" * 9]
+    assert read_back(found["held"]) == ["to test\n"]
+
+
 def test_wrong_input_gets_one_line(corpus, tmp_path, call):
     out = tmp_path / "out"
     tokens.prepare(str(corpus), out)
@@ -158,8 +173,8 @@ def test_the_vocabulary_is_gpt2s():
     tokenizer = tokens.bpe()
     assert tokenizer.encode("Hello world").ids == [15496, 995]
     assert tokenizer.get_vocab_size() == 50257
-    for text in WORDS:
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    for words in WORDS:
+        assert tokenizer.decode(tokenizer.encode(words).ids) == words
 
 
 def test_the_papers_scale_prepares_its_tokens(vocabulary, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ SCALES = {
     ),
     "gpu": Scale(  # a gradient's share of each weight is an eighth of the desk's: so is λ/memory
         Pretraining(
-            GPT2["gpt2"], steps=600, batch=8, micro=8, bf16=True, compiled=True, every=50, held=32
+            GPT2["gpt2"], steps=500, batch=8, micro=8, bf16=True, compiled=True, every=50, held=32
         ),
         trials(
             ((6e-4, 0.95), (1e-3, 0.95), (2e-3, 0.95), (1e-3, 0.99)),
