@@ -198,7 +198,8 @@ def cifar10() -> Recipe:
 def cifar10_resnet20() -> Recipe:
     """CIFAR-10 with ResNet-20 in bfloat16: twenty epochs, half an hour on one core with AMX.
 
-    Its settings were not searched.
+    Its settings are the best of trials of three epochs on 5,000 images held out: four each of
+    AdamW and SGD, six of IVON.
     """
     return replace(
         cifar10(),
@@ -207,16 +208,16 @@ def cifar10_resnet20() -> Recipe:
         epochs=20,
         augment=True,
         optimizers={
-            "adamw": Adamw(lr=3e-3, weight_decay=0.3),
-            "sgd": Sgd(lr=0.1, weight_decay=5e-4),
-            "ivon": Ivon(lr=0.4, hess_init=0.2, weight_decay=5e-4, memory=2e3, clip_radius=0.3),
+            "adamw": Adamw(lr=1e-2, weight_decay=0.3),
+            "sgd": Sgd(lr=0.2, weight_decay=5e-4),
+            "ivon": Ivon(lr=2.0, hess_init=1.0, weight_decay=5e-4, memory=2e3, clip_radius=0.3),
         },
         search={
-            "adamw": {"lr": (1e-3, 1e-2), "weight_decay": (3e-2, 1.0)},
-            "sgd": {"lr": (3e-2, 0.3), "weight_decay": (1e-4, 2e-3)},
+            "adamw": {"lr": (1e-3, 3e-2), "weight_decay": (3e-2, 1.0)},
+            "sgd": {"lr": (3e-2, 0.5), "weight_decay": (1e-4, 2e-3)},
             "ivon": {
-                "lr": (0.1, 1.0),
-                "hess_init": (2e-2, 0.5),
+                "lr": (0.3, 5.0),
+                "hess_init": (0.1, 3.0),
                 "weight_decay": (1e-4, 2e-3),
                 "temperature": (0.03, 1.0),
             },
