@@ -422,6 +422,25 @@ def test_a_parameter_of_another_size_is_refused():
         opt.train()
 
 
+def test_rows_are_made_once_and_anew_where_memory_moved(triton, monkeypatch):
+    """What stays on the device is told by addresses: a gradient elsewhere is another list."""
+    module, made = import_module("posterity.ops.triton"), []
+    launches = module._launches
+    monkeypatch.setattr(module, "_launches", lambda *a: made.append(1) or launches(*a))
+    w = torch.nn.Parameter(torch.ones(300, device=CUDA))
+    plain = torch.nn.Parameter(torch.ones(300))
+    gradients = [torch.full((300,), g) for g in (0.1, 0.2, 0.3)]
+    standing = [g.to(CUDA) for g in gradients]
+    opts = [IVON([p], 0.1, ess=10.0, seed=0, fused=f) for p, f in ((w, None), (plain, False))]
+    for i in (0, 0, 1, 0, 2, 1):
+        for opt, p, grad in zip(opts, (w, plain), (standing[i], gradients[i]), strict=True):
+            opt.train()
+            p.grad = grad.clone() if p is plain else grad
+            opt.step()
+    torch.testing.assert_close(w.cpu(), plain, rtol=1e-5, atol=1e-6)
+    assert len(made) == 1 + 3  # of the samples, and of the steps with each gradient
+
+
 @pytest.mark.parametrize("store_mean", [True, False])
 @pytest.mark.parametrize("when", ["train", "eval", "step"])
 def test_a_pass_that_fails_before_it_writes_changes_nothing(when, store_mean, triton, monkeypatch):
@@ -435,7 +454,7 @@ def test_a_pass_that_fails_before_it_writes_changes_nothing(when, store_mean, tr
         raise MemoryError
 
     if when == "train":
-        monkeypatch.setattr(module, "_table", fail)
+        monkeypatch.setattr(module, "_header", fail)
         with pytest.raises(MemoryError):
             opt.train()
     else:
@@ -443,7 +462,7 @@ def test_a_pass_that_fails_before_it_writes_changes_nothing(when, store_mean, tr
         w.grad = torch.ones_like(w)
         if not (when == "eval" and store_mean):  # there no pass runs
             with monkeypatch.context() as patch:
-                patch.setattr(module, "_table", fail)
+                patch.setattr(module, "_header", fail)
                 with pytest.raises(MemoryError):
                     opt.eval() if when == "eval" else opt.step()
         opt.eval()
@@ -522,7 +541,6 @@ from triton.backends.compiler import GPUTarget
 from posterity.ops import triton as ours
 
 fixed = {"PAIRS": ours.PAIRS, "TILES": ours.TILES, "WORDS": ours.WORDS}
-fixed["HEADER_WORDS"] = ours.SETTINGS.size // 8
 flags = ("LOW", "LOW_GRAD", "REGENERATE", "HELD", "APART", "MEAN", "SUMS", "PRICE", "ALIGNED")
 cases = (
     *((0, {"MEAN"}), (0, {"MEAN", "LOW", "APART"}), (1, ()), (2, {"MEAN", "SUMS", "PRICE"})),
@@ -532,7 +550,8 @@ cases = (
 cases = [(kind, {*given, "ALIGNED"}) for kind, given in cases] + [(3, {"HELD", "MEAN"}), (4, ())]
 for kind, given in cases:
     constant = {"PASS": kind, **fixed, **{flag: flag in given for flag in flags}}
-    signature = {"table": "*i64", "n": "i32", **dict.fromkeys(constant, "constexpr")}
+    signature = {"header": "*i64", "rows": "*i64", "n": "i32"}
+    signature |= dict.fromkeys(constant, "constexpr")
     source = triton.compiler.ASTSource(ours._passes, signature, constexprs=constant)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     wide = (re.search(op + r"\\.global\\S*\\.v[24]", made) is not None for op in ("ld", "st"))

@@ -35,6 +35,11 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
+def counter_device(p: Tensor, group: Group) -> torch.device:
+    """Where a parameter's count of steps is: on a GPU the passes read it there."""
+    return p.device if p.is_cuda or group["capturable"] else torch.device("cpu")
+
+
 def share_counters(groups: list[Group]) -> None:
     """Give every group the first one's counters; device tensors where they are captured."""
     first = groups[0]

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from .sampling import (
 )
 from .window import Window
 
+AS_IT_IS = attrgetter("requires_grad", "dtype", "device", "shape")
+MEMORY = attrgetter("dtype", "device", "shape")
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
     "Wrap forward and backward pass in `with opt.sampled_params(train=True):`, or pass a closure "
@@ -143,6 +146,7 @@ class IVON(Optimizer):
     def _reset(self) -> None:
         """Make what stands beside the state."""
         self._known: dict[int, Slot] = {}
+        self._seen: tuple[list[Any], list[Slot]] = [], []  # what decided the slots, and these
         self._window = Window()
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
@@ -191,6 +195,21 @@ class IVON(Optimizer):
 
     def _slots(self) -> list[Slot]:
         """Every trainable parameter; its state is made on first use and follows it when moved."""
+        facts, slots = self._seen
+        if facts != self._facts():
+            slots = self._look()
+            self._seen = self._facts(), slots
+        return slots
+
+    def _facts(self) -> list[Any]:
+        """What decides the slots: as many C calls as it takes, for every step asks twice."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        states = self.state.values()
+        hess = [state["hess"] for state in states if "hess" in state]
+        ids = [*map(id, self.param_groups)], [*map(id, params)], [*map(id, states)]
+        return [*ids, [*map(AS_IT_IS, params)], [*map(MEMORY, hess)]]
+
+    def _look(self) -> list[Slot]:
         known, slots, number, sharded = self._known, [], -1, False
         for group in self.param_groups:
             for p in group["params"]:
@@ -201,7 +220,8 @@ class IVON(Optimizer):
                     if slot is None or slot.state is not state or not slot.fits(p, group):
                         slot = known[number] = Slot(p, group, self._state(p, group), number)
                         sharded = sharded or slot.pieces is not None
-                        self._window.renew(slot)
+                        if self._window.draw is not None:
+                            self._window.draw.renew(slot)
                     slots.append(slot)
         if sharded:
             distributed.gathered.find()
@@ -216,7 +236,7 @@ class IVON(Optimizer):
         if not self.state.get(p):
             groups.check_trainable(p, group)
         state, dtype = self.state[p], groups.state_dtype(p)
-        on = p.device if group["capturable"] else torch.device("cpu")
+        on = groups.counter_device(p, group)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=on)
             shape = distributed.local(p).shape
@@ -505,7 +525,7 @@ class IVON(Optimizer):
                     if low_precision(p):
                         p.copy_(mean)
             else:
-                means = [draw.source(s, p) for s, p in zip(run, params, strict=True)]
+                means = draw.sources(run, params)
                 noise = draw.noise(run)
                 before = [p._version for p in params]
                 try:
@@ -590,7 +610,7 @@ class IVON(Optimizer):
         for p, number, group in checkpoint.matched(self.param_groups, loaded):
             for name, value in loaded["state"].get(number, {}).items():  # torch cast it like p
                 if isinstance(value, Tensor):
-                    on = "cpu" if name == "step" and not group["capturable"] else p.device
+                    on = groups.counter_device(p, group) if name == "step" else p.device
                     self.state[p][name] = value.to(on, copy=True)
         if self._whole["pending"] and not any("grad_sum" in s for s in self.state.values()):
             self._end_window()

@@ -24,12 +24,12 @@ PER_RANK = (
 class Slot:
     """A parameter, its group, its state, and its number: the third word of its noise."""
 
-    __slots__ = ("dtype", "group", "number", "param", "pieces", "state", "state_dtype")
+    __slots__ = ("dtype", "group", "low", "number", "param", "pieces", "state", "state_dtype")
 
     def __init__(self, param: Tensor, group: Group, state: dict[str, Any], number: int):
         self.param, self.group, self.state, self.number = param, group, state, number
         self.dtype, self.state_dtype = param.dtype, state_dtype(param)
-        self.pieces = distributed.pieces(param)
+        self.low, self.pieces = low_precision(param), distributed.pieces(param)
 
     @property
     def values(self) -> Tensor:
@@ -58,7 +58,7 @@ class Slot:
 def mean_at_rest(slot: Slot) -> Tensor:
     """The mean in the state's precision, of a parameter that no sample stands in."""
     p = slot.values
-    if not low_precision(p):
+    if not slot.low:
         return p
     mean = local(slot.state["mean"])  # someone may have loaded other weights since: theirs count
     return mean.copy_(torch.where(mean.to(p.dtype) == p, mean, p.to(mean.dtype)))
@@ -78,7 +78,7 @@ def runs(slots: Iterable[Slot]) -> Runs:
 
 def params_of(slots: list[Slot]) -> list[Tensor]:
     """The memory of the slots' parameters."""
-    return [s.values for s in slots]
+    return [s.param if s.pieces is None else local(s.param) for s in slots]
 
 
 def state_of(slots: list[Slot], name: str) -> list[Tensor]:
@@ -123,7 +123,7 @@ class Draw:
                 low, kept, lost = [], [], []
                 for s in run:
                     keep = store_mean or "rounded" in s.state
-                    (low if low_precision(s.param) else kept if keep else lost).append(s)
+                    (low if s.low else kept if keep else lost).append(s)
                 for part in (low, kept, lost):
                     if part:
                         self._place(ops, part, part is low, part is kept, spare)
@@ -159,13 +159,22 @@ class Draw:
         """Whether σ's settings have changed since: the step's own can then not make σε again."""
         return any(width != slot.width for slot, width in self.drawn.values())
 
-    def source(self, slot: Slot, param: Tensor) -> Tensor:
-        """Where a step finds the mean: kept, or at rest in the parameter, or there under σε."""
-        if self.live and not low_precision(param):
-            return self._kept(slot) if slot.number in self.means else param
-        if self.live:
-            return local(slot.state["mean"])
-        return mean_at_rest(slot) if low_precision(param) else param
+    def sources(self, slots: list[Slot], params: list[Tensor]) -> list[Tensor]:
+        """Where a step finds the means: kept, or at rest in the parameters, or there under σε."""
+        if not self.live:
+            return [mean_at_rest(s) for s in slots]
+        kept = self.means
+        return [
+            local(s.state["mean"]) if s.low else kept.get(s.number, p)
+            for s, p in zip(slots, params, strict=True)
+        ]
+
+    def renew(self, slot: Slot) -> None:
+        """Know a parameter that has moved since it was drawn as it is now."""
+        if (old := self.slots.get(slot.number)) and old.param is slot.param:
+            self.slots[slot.number] = slot
+            if slot.number in self.means:
+                self.means[slot.number] = self._kept(slot)
 
     def rank_products(self, slots: list[Slot]) -> list[Tensor] | None:
         """The slots' products, averaged over ranks; None where all ranks have the same sample."""
@@ -191,7 +200,7 @@ class Draw:
         for ops, run in runs(self.slots.values()):
             kept, lost = [], []
             for s in run:
-                found = low_precision(s.param) or s.number in self.means
+                found = s.low or s.number in self.means
                 (kept if found else lost).append(s)
             if kept:
                 ops.restore(params_of(kept), [self.mean(s) for s in kept])
@@ -219,7 +228,7 @@ class Draw:
         p = slot.values
         if slot.number not in self.slots:
             return mean_at_rest(slot)
-        if low_precision(p):
+        if slot.low:
             return local(slot.state["mean"])
         if slot.number in self.means:
             return self._kept(slot)

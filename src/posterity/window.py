@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .sampling import (
     touch,
 )
 
+MEMORY = attrgetter("shape", "device", "layout")
 SUMS = ("grad_sum", "product_sum")  # of the window's finished samples, in the state until step()
 CHANGED = (
     "a gradient changed after its sampling context was left, where it can no longer count. Clip, "
@@ -57,12 +59,6 @@ class Window:
         if (slots, fused) != self._last[:2]:
             self._last = slots, fused, runs(slots)
         return self._last[2]
-
-    def renew(self, slot: Slot) -> None:
-        """Know a parameter that has moved since its sample was drawn as it is now."""
-        draw = self.draw
-        if draw is not None and (old := draw.slots.get(slot.number)) and old.param is slot.param:
-            draw.slots[slot.number] = slot
 
     def prune(self, numbers: Iterable[int]) -> None:
         """Keep memory for the means of these parameters alone."""
@@ -138,8 +134,9 @@ class Window:
         if self.draw is not None:
             self.draw.leave()
         for state in states:
-            for name in SUMS:
-                state.pop(name, None)
+            if SUMS[0] in state:
+                for name in SUMS:
+                    state.pop(name, None)
         self.draw, self.sealed = None, []
 
     def close(self, *, last: bool, checked: bool = False) -> bool:
@@ -180,33 +177,32 @@ class Window:
     def gradients(self, *, last: bool, checked: bool = False) -> tuple[list[Slot], list[Tensor]]:
         """The slots that have a gradient of the latest sample, and these gradients."""
         self._verify(int(checked))
-        slots, grads = [], []
         if (draw := self.draw) is None:
-            return slots, grads
-        for number, slot in draw.slots.items():
-            p = slot.param
-            grad = p.grad
-            if draw.way == "context":
-                held, version = draw.held.get(number, (None, 0))
-                replaced = grad is not None and grad is not held and bool(local(grad).any())
-                if replaced or (not last and held is not None and held._version != version):
-                    raise RuntimeError(CHANGED)
-                grad = held
-            if grad is None:
-                continue
-            if grad.shape != p.shape or grad.device != p.device:
-                raise RuntimeError(
-                    f"parameter {number}, {tuple(p.shape)} on {p.device}, has a gradient "
-                    f"{tuple(grad.shape)} on {grad.device}: its data was replaced since"
-                )
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"IVON needs dense gradients, but parameter {number} of shape "
-                    f"{tuple(p.shape)} got a {grad.layout} one: pass sparse=False to nn.Embedding"
-                )
-            slots.append(slot)
-            grads.append(grad if slot.pieces is None else local(distributed.placed(grad, p)))
+            return [], []
+        found = [(s, s.param.grad) for s in draw.slots.values()]
+        if draw.way == "context":
+            found = [(s, self._held(s, grad, last)) for s, grad in found]
+        slots, grads = (
+            [s for s, g in found if g is not None],
+            [g for _, g in found if g is not None],
+        )
+        params = [s.param for s in slots]
+        if [*map(MEMORY, grads)] != [*map(MEMORY, params)]:
+            for slot, grad in zip(slots, grads, strict=True):
+                _check(slot, grad)
+        for i, slot in enumerate(slots):
+            if slot.pieces is not None:
+                grads[i] = local(distributed.placed(grads[i], slot.param))
         return slots, grads
+
+    def _held(self, slot: Slot, grad: Tensor | None, last: bool) -> Tensor | None:
+        """The gradient that a parameter had when its sampling context was left."""
+        assert self.draw is not None
+        held, version = self.draw.held.get(slot.number, (None, 0))
+        replaced = grad is not None and grad is not held and bool(local(grad).any())
+        if replaced or (not last and held is not None and held._version != version):
+            raise RuntimeError(CHANGED)
+        return held
 
     def contribution(self) -> Iterator[tuple[Slot, dict[str, Any]]]:
         """The latest sample's sums of each parameter, as they would be after :meth:`close`."""
@@ -280,6 +276,21 @@ class Window:
             noise = self.draw.noise(run)
             width = self.draw.width(run[0])
             ops.accumulate(*sums, mine, means, hess, noise, approx, **width)
+
+
+def _check(slot: Slot, grad: Tensor) -> None:
+    """Raise RuntimeError for a gradient that is of other memory than its parameter."""
+    p, number = slot.param, slot.number
+    if grad.shape != p.shape or grad.device != p.device:
+        raise RuntimeError(
+            f"parameter {number}, {tuple(p.shape)} on {p.device}, has a gradient "
+            f"{tuple(grad.shape)} on {grad.device}: its data was replaced since"
+        )
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"IVON needs dense gradients, but parameter {number} of shape "
+            f"{tuple(p.shape)} got a {grad.layout} one: pass sparse=False to nn.Embedding"
+        )
 
 
 def _no_sums(slot: Slot) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, repeat
-from operator import or_
+from operator import attrgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ SETTINGS = struct.Struct("=QQ12d")  # key of the seed, number of the draw, sign,
 LOW, LOW_GRAD, REGENERATE, HELD, APART = 1, 2, 4, 8, 16  # flags of a row
 NOTHING = repeat(0)
 DTYPES = (torch.float32, torch.bfloat16)
+DTYPE = attrgetter("dtype")
 
 
 class Settings(NamedTuple):
@@ -70,7 +71,7 @@ class Flat:
 
     def grads(self, grads: Tensors) -> tuple[list[int], list[int]]:
         """The addresses of gradients, and the flags of their dtypes."""
-        if any(g.dtype not in DTYPES or g.is_neg() for g in grads):
+        if not {*map(DTYPE, grads)} <= {*DTYPES} or any(map(Tensor.is_neg, grads)):
             grads = [g if g.dtype in DTYPES else g.float() for g in map(Tensor.resolve_neg, grads)]
             self.copies += ((g, g) for g in grads)
         return self(grads), [LOW_GRAD * (g.dtype == torch.bfloat16) for g in grads]

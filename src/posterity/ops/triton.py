@@ -1,14 +1,16 @@
 """The fused CUDA passes: all tensors of a group in one launch, nothing read back to the host.
 
-What a pass needs travels as one table of 64-bit words, copied without waiting: a header with the
-settings, then a row for each tensor. What is a tensor itself (the draw's number, a learning rate,
-step counters) is written into the table on the device, so that a CUDA graph replays its new value.
+What a pass needs travels as 64-bit words, copied without waiting: a header with the settings, and a
+row for each tensor, which stays on the device while the addresses do. What is a tensor itself (the
+draw's number, a learning rate) is written into the header on the device, and step counters are read
+there, so that a CUDA graph replays their new values.
 
 The arithmetic is that of ``_cpu.cpp``, the noise that of ``noise.py``; numbers in brackets are the
 paper's lines (1) to (7).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (it does not know what Triton makes of a function)
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import reduce
-from itertools import repeat, starmap
+from itertools import starmap
 from operator import or_
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,7 +35,8 @@ from .noise import CHUNK
 
 DRAW, NUMBERS = 1, 3  # words of the header
 WORDS = ROW.size // 8
-MEAN, GRAD_SUM, NUMEL, START, END, DEBIAS = 1, 3, 7, 9, 10, 11  # words of a row
+MEAN, GRAD_SUM, NUMEL, START, END = 1, 3, 7, 9, 10  # words of a row
+REMEMBERED = 32  # lists of rows whose tables stay on the device
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
 PAIRS = 4096 if INTERPRETED else 512  # counters of a tile; each makes two normals
 TILES = 2 if INTERPRETED else 8  # of a program
@@ -42,13 +46,14 @@ SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE = (
     tl.constexpr(p) for p in (fused.SAMPLE, fused.UNSAMPLE, fused.ACCUMULATE, fused.UPDATE)
 )
 
+FLAGS = {name: getattr(fused, name) for name in ("LOW", "LOW_GRAD", "REGENERATE", "HELD", "APART")}
 ONE = torch.tensor(1.0)  # foreach would make one for each counter on the CPU
-_captured: list[Tensor] = []  # tables on the host: graphs copy them again when they are replayed
+_captured: list[Tensor] = []  # words on the host: graphs copy them again when they are replayed
 
 
 @triton.jit
-def _float(table, word: tl.constexpr):
-    return tl.load(table + word).to(tl.float64, bitcast=True).to(tl.float32)
+def _float(header, word: tl.constexpr):
+    return tl.load(header + word).to(tl.float64, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -136,6 +141,17 @@ def _at_least(x, low):
 
 
 @triton.jit
+def _debias(beta, t):
+    """1/(1−β^t) of (5), by squaring in double."""
+    power = beta * 0.0 + 1.0
+    while t > 0:
+        power = tl.where((t & 1) != 0, power * beta, power)
+        beta *= beta
+        t >>= 1
+    return (1.0 / (1.0 - power)).to(tl.float32)
+
+
+@triton.jit
 def _narrow(x, low: tl.constexpr):
     if low:  # to nearest even by hand: the interpreter's conversion cuts the last bits off
         w = x.to(tl.uint32, bitcast=True)
@@ -146,7 +162,8 @@ def _narrow(x, low: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def _passes(
-    table,
+    header,
+    rows,
     n,
     PASS: tl.constexpr,
     LOW: tl.constexpr,  # the parameter is bfloat16
@@ -160,11 +177,9 @@ def _passes(
     ALIGNED: tl.constexpr,
     PAIRS: tl.constexpr,
     TILES: tl.constexpr,
-    HEADER_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    rows = table + HEADER_WORDS
     first, last = 0, n - 1
     while first < last:  # the row whose programs these are
         middle = (first + last) // 2
@@ -174,13 +189,24 @@ def _passes(
     row = rows + first * WORDS
     block = program - tl.where(first > 0, tl.load(row - WORDS + 10, first > 0, 0), 0)
 
-    sign, ess, delta, floor = _float(table, 2), _float(table, 3), _float(table, 4), _float(table, 5)
+    sign, ess = _float(header, 2), _float(header, 3)
+    delta, floor = _float(header, 4), _float(header, 5)
     numel, start = tl.load(row + 7), tl.load(row + 9)
     if ALIGNED:
         numel, start = tl.multiple_of(numel, 4), tl.multiple_of(start, 4)
-    k0, k1 = _words(tl.load(table))
-    k0, k1 = _fold(k0, k1, tl.load(table + 1))
+    k0, k1 = _words(tl.load(header))
+    k0, k1 = _fold(k0, k1, tl.load(header + 1))
     k0, k1 = _fold(k0, k1, tl.load(row + 8))
+    if PASS == UPDATE:
+        lr, rate, rho, clip = (
+            _float(header, 6),
+            _float(header, 7),
+            _float(header, 8),
+            _float(header, 9),
+        )
+        count = tl.load(tl.load(row + 11).to(tl.pointer_type(tl.float32)))
+        beta = tl.load(header + 10).to(tl.float64, bitcast=True)
+        debias = _debias(beta, count.to(tl.int32) + 1)
     begin = start // 256 * 128 + block * (PAIRS * TILES)  # counter
     left = (start + numel + 255) // 256 * 128 - begin
     for tile in range(0, tl.minimum((left + PAIRS - 1) // PAIRS, TILES)):
@@ -235,15 +261,13 @@ def _passes(
                     tl.store(products, tl.load(products, inside, 0.0) + product, inside)
                 else:
                     momentum = _pointer(row, 5, False, ALIGNED) + at
-                    lr, rate, rho = _float(table, 6), _float(table, 7), _float(table, 8)
-                    clip, debias = _float(table, 9), _float(row, 11)
                     least = floor - delta
                     u = _at_least(h + delta, floor)
                     before = _at_least(h, least)
                     v = tl.load(momentum, inside, 0.0)
-                    v += rate * (g * _float(table, 11) - v)  # (3)
-                    scale = ess * u if PRICE else _float(table, 13)
-                    r = rho * (product * _float(table, 12) * scale - before)  # with ĥ of (2)
+                    v += rate * (g * _float(header, 11) - v)  # (3)
+                    scale = ess * u if PRICE else _float(header, 13)
+                    r = rho * (product * _float(header, 12) * scale - before)  # with ĥ of (2)
                     h = _at_least(before + (r + r * r * (0.5 / u)), least)  # (4)
                     step = (v * debias + delta * m) / _at_least(h + delta, floor)  # (5)
                     step = _at_least(step, -clip)
@@ -257,37 +281,65 @@ def _passes(
                 tl.store(hess, e, inside)
 
 
-def _table(
-    rows: list[Row], settings: Settings, device: torch.device, debias: Tensor | None
-) -> Tensor:
-    """Header and rows on the device."""
+class Launch(NamedTuple):
+    """One of the launches for a list of rows: those of one kind of memory, and what compiles."""
+
+    members: list[int]
+    rows: Tensor  # on the device
+    programs: int
+    memory: dict[str, bool]
+
+
+def _on(device: torch.device, words: bytes) -> Tensor:
+    """Words on the device, some time."""
+    host = torch.frombuffer(bytearray(words), dtype=torch.int64)
+    if device.type == "cuda":
+        host = host.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(host)
+    return host.to(device, non_blocking=True)
+
+
+def _header(settings: Settings, device: torch.device) -> Tensor:
     noise, numbers = settings.noise, settings[1:]
     key, draw, sign = (0, 0, 1) if noise is None else (noise.key, noise.draw, noise.sign)
     number = 0 if isinstance(draw, Tensor) else draw % 2**64
     unread = {i: x for i, x in enumerate(numbers) if isinstance(x, Tensor) and x.device == device}
     known = [0.0 if i in unread else float(x) for i, x in enumerate(numbers)]
-    header = SETTINGS.pack(key, number, sign, *known)
-    packed = bytearray(b"".join((header, *starmap(ROW.pack, rows))))
-    host = torch.frombuffer(packed, dtype=torch.int64)
-    if device.type == "cuda":
-        host = host.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(host)
-    table = host.to(device, non_blocking=True)
-    reals = table.view(torch.float64)
+    header = _on(device, SETTINGS.pack(key, number, sign, *known))
     for i, value in unread.items():
-        reals[NUMBERS + i].copy_(value.reshape(()))
+        header.view(torch.float64)[NUMBERS + i].copy_(value.reshape(()))
     if isinstance(draw, Tensor):
-        table[DRAW].copy_(draw)
-    if debias is not None:
-        reals[SETTINGS.size // 8 :].view(-1, WORDS)[:, DEBIAS].copy_(debias)
-    return table
+        header[DRAW].copy_(draw)
+    return header
+
+
+def _launches(rows: list[Row], device: torch.device) -> list[Launch]:
+    """The launches for these rows: one in all, if their memory is alike."""
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, (*addresses, numel, _, start, flags, _) in enumerate(rows):
+        aligned = not reduce(or_, addresses) & 15 | (numel | start) & 3
+        alike[flags, addresses[MEAN] > 0, addresses[GRAD_SUM] > 0, aligned, numel > 0].append(i)
+    found = []
+    for (flags, mean, sums, aligned, some), members in alike.items():
+        chosen, end = [], 0
+        for row in [rows[i] for i in members if some]:
+            end += -(-(row[START] % CHUNK + row[NUMEL]) // BLOCK)
+            chosen.append((*row[:END], end, *row[END + 1 :]))
+        memory = {name: bool(flags & flag) for name, flag in FLAGS.items()}
+        memory |= {"MEAN": mean > 0, "SUMS": sums > 0, "ALIGNED": aligned > 0}
+        packed = b"".join(starmap(ROW.pack, chosen))
+        found.append(Launch(members, _on(device, packed) if some else ONE, end, memory))
+    return found
 
 
 class Triton(Fused):
     """The passes on CUDA tensors."""
 
     name = "fused CUDA (Triton)"
+
+    def __init__(self):
+        self._known: dict[tuple[torch.device, Row], tuple[list[Row], list[Launch]]] = {}
 
     def restore(self, params: Tensors, means: Tensors):
         """θ → m; torch's own copy is one launch too."""
@@ -302,46 +354,39 @@ class Triton(Fused):
         done: Callable[[Iterable[int]], None],
         steps: Tensors,
     ) -> None:
-        """One launch for the rows of each kind of memory: one in all, if their dtypes are alike."""
-        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, (*addresses, numel, _, start, flags, _) in enumerate(rows):
-            aligned = not reduce(or_, addresses) & 15 | (numel | start) & 3
-            alike[flags, addresses[MEAN] > 0, addresses[GRAD_SUM] > 0, aligned, numel > 0].append(i)
-        for (flag, mean, sums, aligned, some), members in alike.items():
-            counts = [steps[i] for i in members] if steps else []
-            if some:
-                words, debias = repeat(0), None
-                if counts:
-                    debias = 1 / (1 - settings.debias ** (torch.stack(counts).double() + 1))  # (5)
-                    if not (debias.is_cuda or isinstance(settings.lr, Tensor)):  # may be read
-                        words, debias = debias.view(torch.int64).tolist(), None
-                chosen, end = [], 0
-                for i, word in zip(members, words):  # noqa: B905
-                    *row, _, _ = rows[i]
-                    end += -(-(row[START] % CHUNK + row[NUMEL]) // BLOCK)
-                    chosen.append((*row, end, word))
-                with torch.cuda.device(at.device) if at.is_cuda else nullcontext():
-                    _passes[(end,)](
-                        *(_table(chosen, settings, at.device, debias), len(chosen)),
+        """One launch for the rows of each kind of memory."""
+        device = at.device
+        header = _header(settings, device)
+        for launch in self._prepared(rows, device):
+            if launch.programs:
+                with torch.cuda.device(device) if at.is_cuda else nullcontext():
+                    _passes[(launch.programs,)](
+                        *(header, launch.rows, len(launch.members)),
+                        **launch.memory,
                         PASS=kind,
-                        LOW=bool(flag & fused.LOW),
-                        LOW_GRAD=bool(flag & fused.LOW_GRAD),
-                        REGENERATE=bool(flag & fused.REGENERATE),
-                        HELD=bool(flag & fused.HELD),
-                        APART=bool(flag & fused.APART),
-                        MEAN=mean,
-                        SUMS=sums,
                         PRICE=settings.square_scale <= 0,
-                        ALIGNED=aligned,
                         PAIRS=PAIRS,
                         TILES=TILES,
-                        HEADER_WORDS=SETTINGS.size // 8,
                         WORDS=WORDS,
                         enable_fp_fusion=True,
                     )
-            done(members)
-            if counts:
-                torch._foreach_add_(counts, 1 if counts[0].is_cuda else ONE)  # pyright: ignore
+            done(launch.members)
+            if steps:
+                counts = [steps[i] for i in launch.members]
+                torch._foreach_add_(counts, 1 if at.is_cuda else ONE)  # pyright: ignore
+
+    def _prepared(self, rows: list[Row], device: torch.device) -> list[Launch]:
+        """The launches for these rows, and where they are remembered."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return _launches(rows, device)  # a graph's memory holds nothing before its replay
+        place = device, rows[0]
+        known, launches = self._known.get(place, (None, []))
+        if known != rows:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            launches = _launches(rows, device)
+            self._known[place] = rows, launches
+        return launches
 
 
 passes = Triton()
