@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import BASE, PEERS, nothing, parameters
+from benchmarks.peers import BASE, PEERS, nothing, ours, parameters
 from benchmarks.ranks import NUMEL, WAYS
 from benchmarks.timing import ratio
 from posterity import Posterior
@@ -59,9 +59,30 @@ def optimizers(device: str, threads: int, rounds: int) -> Rows:
                 rounds=3 if peer.slow and large else rounds,
                 device=device,
                 numel=numel,
-                repeats=1 if large and device == "cpu" else 50,
+                repeats=1 if large and (device == "cpu" or peer.slow) else 50,
             )
             yield f"{case}, {on}", name, found
+        if device == "cuda":
+            whole = replayed(torch.optim.AdamW(params, 1e-5, fused=True, capturable=True).step)
+            for name, settings in (("IVON", {}), ("IVON, no mean", {"store_mean": False})):
+                opt = ours(capturable=True, **settings)(params)
+                mine = replayed(partial(PEERS[name].step, opt, nothing))
+                found = ratio(mine, whole, rounds=rounds, device=device, numel=numel, repeats=50)
+                yield f"{case}, CUDA graphs of whole steps", name, found
+
+
+def replayed(step: Callable[[], object]) -> Callable[[], None]:
+    """A step as a CUDA graph, for which the host does nothing but start it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def memory(numel: int, device: str) -> Rows:

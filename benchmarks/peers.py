@@ -40,7 +40,7 @@ def context(opt: IVON | ivon.IVON, closure: Closure) -> None:
     opt.step()
 
 
-def ours(fused: bool = True, **settings: Any) -> Callable[[list[Tensor]], Optimizer]:
+def ours(fused: bool = True, **settings: Any) -> Callable[[list[Tensor]], IVON]:
     return lambda p: IVON(p, 1e-3, ess=1e6, seed=0, fused=fused, **settings)
 
 

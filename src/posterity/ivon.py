@@ -202,11 +202,11 @@ class IVON(Optimizer):
         return slots
 
     def _facts(self) -> list[Any]:
-        """What decides the slots: as many C calls as it takes, for every step asks twice."""
+        """What decides the slots, by C calls alone: every step asks for it."""
         params = [p for group in self.param_groups for p in group["params"]]
         states = self.state.values()
         hess = [state["hess"] for state in states if "hess" in state]
-        ids = [*map(id, self.param_groups)], [*map(id, params)], [*map(id, states)]
+        ids = [[*map(id, every)] for every in (self.param_groups, params, states)]
         return [*ids, [*map(AS_IT_IS, params)], [*map(MEMORY, hess)]]
 
     def _look(self) -> list[Slot]:

@@ -1,7 +1,6 @@
 """A language model from scratch: IVON and AdamW on the same tokens (figures 1 and 2).
 
-A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16; on a GPU (scale "gpu")
-GPT-2 (124M) over its own tokens of them. Both optimizers have as
+A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. Both optimizers have as
 many trials, as long as the runs (what is best after a quarter of the steps is not best in the end),
 with the first seed, judged on one half of the held-out text, IVON's as it will be used: averaged
 over samples. The best is trained with every seed and scored on the other half.
@@ -13,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from posterity_studies import jobs, runs
 from posterity_studies.data import text, tokens
-from posterity_studies.models.gpt import GPT2, GPTConfig
+from posterity_studies.models.gpt import GPTConfig
 from posterity_studies.pretrain import RECIPES, Pretraining, held_rows, load, pretrain, scored
 from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
 from posterity_studies.studies.pictures import label, picture
@@ -61,7 +61,7 @@ class Chosen(NamedTuple):
 class Scale:
     """What is trained, the trials, and on how many sequences all is scored.
 
-    ``corpus`` is what ``tokens.prepare`` takes; None for bytes of the study's own texts.
+    ``corpus`` is what ``tokens.prepare`` takes, for GPT-2's tokens; None for bytes of TEXTS.
     """
 
     what: Pretraining
@@ -70,24 +70,27 @@ class Scale:
     corpus: str | None = None
 
 
+DESK = Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True)
 SCALES = {
     "desk": Scale(
-        Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True),
+        DESK,
         trials(
             ((2e-3, 0.95), (3e-3, 0.95), (5e-3, 0.95), (3e-3, 0.99)),
             ((1e3, 1e10, 2e3), (1e3, 3e9, 1e3), (2e3, 1e10, 5e2), (1e3, 1e9, 5e2)),
         ),
     ),
-    "gpu": Scale(  # a gradient's share of each weight is an eighth of the desk's: so is λ/memory
-        Pretraining(
-            GPT2["gpt2"], steps=500, batch=8, micro=8, bf16=True, compiled=True, every=50, held=32
-        ),
+    "gpu": Scale(  # where a trial takes seconds: three times as many
+        DESK,
         trials(
-            ((6e-4, 0.95), (1e-3, 0.95), (2e-3, 0.95), (1e-3, 0.99)),
-            ((1e3, 1e10, 1e3), (1e3, 1e10, 250.0), (2e3, 1e10, 250.0), (1e3, 3e9, 100.0)),
+            list(product((1.5e-3, 2.5e-3, 4e-3, 6e-3), (0.95, 0.98, 0.99))),
+            [
+                (lr, ess, memory)
+                for lr in (1e3, 1.5e3)
+                for ess, memory in (
+                    *((1e10, 2e3), (1e10, 4e3), (3e9, 6e2), (3e9, 1.2e3), (1e9, 2e2), (1e9, 4e2)),
+                )
+            ],
         ),
-        test=128,
-        corpus="+".join(TEXTS),
     ),
     "smoke": Scale(
         Pretraining(GPTConfig(1, 2, 16, 32, vocabulary=256), steps=4, batch=2, every=2, held=2),
