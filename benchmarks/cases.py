@@ -63,7 +63,8 @@ def optimizers(device: str, threads: int, rounds: int) -> Rows:
             )
             yield f"{case}, {on}", name, found
         if device == "cuda":
-            whole = replayed(torch.optim.AdamW(params, 1e-5, fused=True, capturable=True).step)
+            base = torch.optim.AdamW(params, 1e-5, fused=True, capturable=True)
+            whole = replayed(base.step)
             for name, settings in (("IVON", {}), ("IVON, no mean", {"store_mean": False})):
                 opt = ours(capturable=True, **settings)(params)
                 mine = replayed(partial(PEERS[name].step, opt, nothing))
@@ -72,7 +73,10 @@ def optimizers(device: str, threads: int, rounds: int) -> Rows:
 
 
 def replayed(step: Callable[[], object]) -> Callable[[], None]:
-    """A step as a CUDA graph, for which the host does nothing but start it."""
+    """A step as a CUDA graph, for which the host does nothing but start it.
+
+    The graph knows the optimizer's memory by address: keep the optimizer.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
