@@ -198,8 +198,10 @@ def cifar10() -> Recipe:
 def cifar10_resnet20() -> Recipe:
     """CIFAR-10 with ResNet-20 in bfloat16: twenty epochs, half an hour on one core with AMX.
 
-    Its settings are the best of trials of three epochs on 5,000 images held out: four each of
-    AdamW and SGD, six of IVON.
+    SGD's lr is the best of four trials of three epochs on 5,000 images held out. So short a trial
+    misled the others: AdamW's (1e-2) and IVON's (2, with h0 = 1) were too large for twenty epochs.
+    AdamW's is now the smallest tried; IVON's settings are the paper's, with 1/(1−β2) as large a
+    share of all steps, and lr twice SGD's.
     """
     return replace(
         cifar10(),
@@ -208,16 +210,16 @@ def cifar10_resnet20() -> Recipe:
         epochs=20,
         augment=True,
         optimizers={
-            "adamw": Adamw(lr=1e-2, weight_decay=0.3),
+            "adamw": Adamw(lr=3e-3, weight_decay=0.3),
             "sgd": Sgd(lr=0.2, weight_decay=5e-4),
-            "ivon": Ivon(lr=2.0, hess_init=1.0, weight_decay=5e-4, memory=2e3, clip_radius=0.3),
+            "ivon": Ivon(lr=0.4, hess_init=0.5, weight_decay=2e-4, memory=4e3, clip_radius=0.3),
         },
         search={
             "adamw": {"lr": (1e-3, 3e-2), "weight_decay": (3e-2, 1.0)},
             "sgd": {"lr": (3e-2, 0.5), "weight_decay": (1e-4, 2e-3)},
             "ivon": {
-                "lr": (0.3, 5.0),
-                "hess_init": (0.1, 3.0),
+                "lr": (0.1, 2.0),
+                "hess_init": (0.05, 1.0),
                 "weight_decay": (1e-4, 2e-3),
                 "temperature": (0.03, 1.0),
             },
