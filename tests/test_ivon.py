@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +62,55 @@ def test_step_counter_is_in_the_state_dict():
     for m, o in ((model, opt), (again, its)):
         context(o, partial(backward, m))  # debiasing by 1 − β1^t would show a lost t
     assert_same(bits(model, opt), bits(again, its))
+
+
+def test_a_step_counter_of_another_dtype_or_place_is_put_right():
+    """Frameworks move a state, some of them without its counter; the passes read it by address."""
+    runs = []
+    for changed in (False, True):
+        model, opt = make()
+        for _ in range(2):
+            if changed:
+                for state in opt.state.values():
+                    state["step"] = state["step"].double()
+            context(opt, partial(backward, model))
+        runs.append(bits(model, opt))
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("store_mean", [True, False])
+@pytest.mark.parametrize("moved", [BF16, F64])
+@pytest.mark.parametrize("how", ["eval", "load", "step", "eval, train, eval", "exception"])
+def test_a_parameter_that_changes_its_dtype_under_a_sample_gets_its_mean_back(
+    how, moved, store_mean
+):
+    if moved == BF16 and not store_mean:
+        pytest.skip("such a parameter is refused")
+    w = nn.Parameter(torch.linspace(1, 2, 300))
+    opt = IVON([w], **{**LR, "lr": 1e-9, "ess": 10.0, "weight_decay": 0.0}, store_mean=store_mean)
+    mean = w.detach().clone()
+    if how == "exception":
+        with suppress(ZeroDivisionError), opt.sampled_params(train=True):
+            w.data = w.data.to(moved)
+            _ = 1 / 0
+    else:
+        opt.train()
+        assert (w - mean).abs().max() > 0.1
+        if how == "eval, train, eval":
+            opt.eval()
+        w.data = w.data.to(moved)
+        if how == "eval":
+            opt.eval()
+        elif how == "load":
+            opt.load_state_dict(opt.state_dict())
+        elif how == "step":
+            w.grad = torch.zeros_like(w)
+            opt.step()
+        else:
+            opt.train()
+            assert (w - mean).abs().max() > 0.1
+            opt.eval()
+    assert (w.float() - mean).abs().max() < (1e-2 if moved == BF16 else 1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])

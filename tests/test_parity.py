@@ -426,6 +426,7 @@ def test_rows_are_made_once_and_anew_where_memory_moved(triton, monkeypatch):
     """What stays on the device is told by addresses: a gradient elsewhere is another list."""
     module, made = import_module("posterity.ops.triton"), []
     launches = module._launches
+    monkeypatch.setattr(module.passes, "_known", {})
     monkeypatch.setattr(module, "_launches", lambda *a: made.append(1) or launches(*a))
     w = torch.nn.Parameter(torch.ones(300, device=CUDA))
     plain = torch.nn.Parameter(torch.ones(300))

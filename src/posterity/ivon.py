@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from operator import attrgetter
 from typing import Any
 
@@ -30,6 +30,7 @@ from .window import Window
 
 AS_IT_IS = attrgetter("requires_grad", "dtype", "device", "shape")
 MEMORY = attrgetter("dtype", "device", "shape")
+PLACE = attrgetter("dtype", "device")
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
     "Wrap forward and backward pass in `with opt.sampled_params(train=True):`, or pass a closure "
@@ -83,7 +84,8 @@ class IVON(Optimizer):
         samples: "shared": all ranks of a process group draw the same sample. "per_rank": each
             rank of DistributedDataParallel draws its own, so that W ranks are W Monte Carlo
             samples; it needs the hook :func:`posterity.reduce_per_rank`.
-        capturable: keep step and draw counters on the parameters' device, for CUDA graphs.
+        capturable: keep all counters on the parameters' device, for CUDA graphs; on a GPU those
+            of steps are always there.
         seed: of the noise, 64 bits; None takes one from torch's global generator.
 
     State per parameter: ``step``, ``momentum``, ``hess`` (float32; float64 for float64 parameters)
@@ -205,9 +207,10 @@ class IVON(Optimizer):
         """What decides the slots, by C calls alone: every step asks for it."""
         params = [p for group in self.param_groups for p in group["params"]]
         states = self.state.values()
-        hess = [state["hess"] for state in states if "hess" in state]
-        ids = [[*map(id, every)] for every in (self.param_groups, params, states)]
-        return [*ids, [*map(AS_IT_IS, params)], [*map(MEMORY, hess)]]
+        hess, counts = ([s[name] for s in states if name in s] for name in ("hess", "step"))
+        objects = self.param_groups, params, self.state, states
+        ids = [[*map(id, every)] for every in objects]
+        return [*ids, [*map(AS_IT_IS, params)], [*map(MEMORY, hess)], [*map(PLACE, counts)]]
 
     def _look(self) -> list[Slot]:
         known, slots, number, sharded = self._known, [], -1, False
@@ -258,8 +261,7 @@ class IVON(Optimizer):
                 f"a parameter has become {tuple(p.shape)}, but its state is "
                 f"{tuple(state['hess'].shape)}: build a new IVON for it"
             )
-        if state["step"].device != on:
-            state["step"] = state["step"].to(on)
+        state["step"] = state["step"].to(on, torch.float32)
         return state
 
     # -- three ways to sample ---------------------------------------------------------------------
@@ -326,6 +328,7 @@ class IVON(Optimizer):
         draw = self._window.draw
         if draw is not None and not distributed.alone():
             groups.count(self.param_groups, "draws", -draw.counted)
+        self._renew()
         self._window.drop()
 
     def _new_draw(self, way: str) -> None:
@@ -362,9 +365,17 @@ class IVON(Optimizer):
                 "a CUDA graph would replay the same noise: build IVON with capturable=True"
             )
 
+    def _renew(self) -> None:
+        """Find the parameters that moved while a sample stands in them: it is taken back there."""
+        draw = self._window.draw
+        if draw is not None and draw.live and draw.slots:
+            with suppress(ValueError):  # of another shape: nothing can be put back
+                self._slots()
+
     @torch.no_grad()
     def _hold(self) -> None:
         """Leave a training context: hold the first sample, sum up the others."""
+        self._renew()
         self._window.hold()
         if self._whole["pending"]:
             self._close(last=False)
@@ -411,6 +422,7 @@ class IVON(Optimizer):
         elif draw is None or draw.way != "train":
             raise RuntimeError("train(), but samples of sampled_params(train=True) wait for step()")
         elif not draw.live:  # eval() was called in the middle: the same sample again
+            self._slots()  # the parameters may have moved since
             self._window.enter(list(draw.slots.values()), whole["store_mean"])
 
     @torch.no_grad()
@@ -421,6 +433,7 @@ class IVON(Optimizer):
             RuntimeError: inside ``sampled_params``.
         """
         self._outside("eval()")
+        self._renew()
         if self._window.draw is not None:
             self._window.draw.leave()
 
@@ -543,6 +556,7 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def _end_window(self) -> None:
+        self._renew()
         self._window.end(self.state.values())
         groups.count(self.param_groups, "pending", -self._whole["pending"])
 

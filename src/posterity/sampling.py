@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from . import distributed
 from .distributed import local
-from .groups import Group, low_precision, state_dtype
+from .groups import Group, counter_device, low_precision, state_dtype
 from .ops import Ops, choose
 from .ops.noise import Noise
 
@@ -38,9 +38,12 @@ class Slot:
 
     def fits(self, p: Tensor, group: Group) -> bool:
         """Whether this is still that parameter in that group, where and as it was."""
-        hess = self.state["hess"]
-        return (self.param is p and self.group is group and self.dtype == p.dtype) and (
-            hess.dtype == self.state_dtype and hess.device == p.device and hess.shape == p.shape
+        hess, count = self.state["hess"], self.state["step"]
+        return (
+            (self.param is p and self.group is group and self.dtype == p.dtype)
+            and (count.device == counter_device(p, group) and count.dtype == torch.float32)
+            and (hess.dtype == self.state_dtype and hess.device == p.device)
+            and hess.shape == p.shape
         )
 
     @property
@@ -173,7 +176,11 @@ class Draw:
         """Know a parameter that has moved since it was drawn as it is now."""
         if (old := self.slots.get(slot.number)) and old.param is slot.param:
             self.slots[slot.number] = slot
-            if slot.number in self.means:
+            if slot.number not in self.means:
+                return
+            if slot.low:  # of the parameter, the state was given θ
+                local(slot.state["mean"]).copy_(self.means.pop(slot.number))
+            else:
                 self.means[slot.number] = self._kept(slot)
 
     def rank_products(self, slots: list[Slot]) -> list[Tensor] | None:

@@ -193,6 +193,8 @@ class Pretrain:
     micro: int | None = None
     """Sequences at once on each processor; less takes less memory. IVON draws a posterior sample
     for each such part of a batch."""
+    compiled: bool = False
+    """Compile the network first (torch.compile): a minute at the start, faster steps on a GPU."""
 
     def __call__(self) -> None:
         if self.recipe not in pretrain.RECIPES:
@@ -202,6 +204,7 @@ class Pretrain:
         if self.optimizer not in settings:
             raise UserError(f"no optimizer {self.optimizer!r}; there are {', '.join(settings)}")
         given = {"steps": self.steps, "batch": self.batch, "micro": self.micro}
+        given["compiled"] = self.compiled
         what = replace(what, **{k: v for k, v in given.items() if v is not None})
         read = tokens.load(self.tokens)
         out = self.out or Path("runs") / self.recipe / f"{self.optimizer}-seed{self.seed}"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -95,6 +96,8 @@ def pretrain(
     """
     config = {**asdict(what), "settings": {"kind": type(settings).__name__, **asdict(settings)}}
     config = json.loads(json.dumps(config | {"seed": seed, "tokens": len(train)}))
+    if not what.compiled:  # as it was before there was any
+        del config["compiled"]
     if (folder / "config.json").exists():
         if runs.read_json(folder / "config.json") != config:
             raise UserError(f"{folder} holds a run with other settings: remove it")
@@ -144,7 +147,7 @@ def _pretrain(
         replica = cast(nn.Module, torch.compile(replica))
     losses: list[Tensor] = []
     left = range(done + 1, what.steps + 1)
-    start, saved, cost = time.perf_counter(), -math.inf, 0.0
+    start, written, cost = time.perf_counter(), -math.inf, 0.0
     for step in progress(left, len(left), f"{type(settings).__name__}, seed {seed}"):
         losses.append(_step(what, replica, opt, windows(train, what.batch, context, seed, step)))
         schedule.step()
@@ -159,18 +162,18 @@ def _pretrain(
         losses.clear()
         if not math.isfinite(curve["train"][-1] + curve["held"][-1]):
             raise Diverged(f"the training diverged at step {step}: lower the lr")
-        if ranks.first() and time.perf_counter() - saved > 10 * cost:  # no more than a tenth of all
+        if ranks.first() and time.perf_counter() - written > 10 * cost:  # a tenth of all
             began = time.perf_counter()
             checkpoint = {"model": model.state_dict(), "optimizer": opt.state_dict()}
             checkpoint |= {"schedule": schedule.state_dict(), "step": step}
             runs.write_checkpoint(path, {**checkpoint, "curve": curve, "times": times})
-            saved = time.perf_counter()
-            cost = saved - began
+            written = time.perf_counter()
+            cost = written - began
         start = time.perf_counter()
     result = {
         **config,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds_per_step": sorted(times)[len(times) // 2],
+        "seconds_per_step": median(times[1:] or times),
         "curve": curve,
         "provenance": runs.provenance(seed, "the caller's", code),
     }

@@ -1,6 +1,7 @@
 """Language models from scratch: the loop, what it keeps, and the study over it."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -63,6 +64,20 @@ def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):
     ]
     assert curves[0] == curves[1]
     assert len(compiled) == 1
+
+
+def test_checkpoints_take_a_tenth_of_the_time(tmp_path, monkeypatch):
+    """A disk for which the run is over before it is due again; the results do not depend on it."""
+    write, written = runs.write_checkpoint, []
+
+    def slow(path, content):
+        written.append(content["step"])
+        time.sleep(0.5)
+        write(path, content)
+
+    monkeypatch.setattr(runs, "write_checkpoint", slow)
+    run(BOTH["adamw"], tmp_path / "run", replace(SMALL, every=1))
+    assert written == [1]
 
 
 @pytest.mark.parametrize("name", BOTH)

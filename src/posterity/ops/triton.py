@@ -36,7 +36,7 @@ from .noise import CHUNK
 DRAW, NUMBERS = 1, 3  # words of the header
 WORDS = ROW.size // 8
 MEAN, GRAD_SUM, NUMEL, START, END = 1, 3, 7, 9, 10  # words of a row
-REMEMBERED = 32  # lists of rows whose tables stay on the device
+REMEMBERED = 1024  # lists of rows whose tables stay on the device: a step has two a group
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
 PAIRS = 4096 if INTERPRETED else 512  # counters of a tile; each makes two normals
 TILES = 2 if INTERPRETED else 8  # of a program
@@ -339,7 +339,7 @@ class Triton(Fused):
     name = "fused CUDA (Triton)"
 
     def __init__(self):
-        self._known: dict[tuple[torch.device, Row], tuple[list[Row], list[Launch]]] = {}
+        self._known: dict[tuple[int, Row], tuple[list[Row], list[Launch]]] = {}
 
     def restore(self, params: Tensors, means: Tensors):
         """θ → m; torch's own copy is one launch too."""
@@ -377,13 +377,16 @@ class Triton(Fused):
 
     def _prepared(self, rows: list[Row], device: torch.device) -> list[Launch]:
         """The launches for these rows, and where they are remembered."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return _launches(rows, device)  # a graph's memory holds nothing before its replay
-        place = device, rows[0]
+        stream = 0  # memory that is let go is free for what its stream does next
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return _launches(rows, device)  # a graph's memory holds nothing before its replay
+            stream = torch.cuda.current_stream(device).cuda_stream
+        place = stream, rows[0]
         known, launches = self._known.get(place, (None, []))
         if known != rows:
             if len(self._known) >= REMEMBERED:
-                self._known.clear()
+                del self._known[next(iter(self._known))]  # the oldest
             launches = _launches(rows, device)
             self._known[place] = rows, launches
         return launches

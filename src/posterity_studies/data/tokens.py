@@ -55,9 +55,11 @@ def documents(corpus: str) -> tuple[Iterable[str], int, Callable[[int], bool]]:
     """
     if all(name in text.TEXTS for name in corpus.split("+")):
         bodies = [text.load(name) for name in corpus.split("+")]
+        halves = zip(*(b.test.tensor_split(2) for b in bodies), strict=True)
+        held_out = [half for every in halves for half in every]  # each half has some of every text
         train, held = (
-            [piece for body in part for piece in _pieces(bytes(body.numpy()))]
-            for part in ([b.train for b in bodies], [b.test for b in bodies])
+            [piece for part in parts for piece in _pieces(bytes(part.numpy()))]
+            for parts in ([b.train for b in bodies], held_out)
         )
         return train + held, len(train + held), lambda place: place > len(train)
     path = Path(corpus)
