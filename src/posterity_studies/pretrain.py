@@ -154,9 +154,8 @@ def _pretrain(
         if step % what.every and step < what.steps:
             continue
         curve["step"].append(step)
-        curve["train"].append(
-            ranks.average(torch.stack(losses).mean()).item()
-        )  # a GPU is waited for
+        loss = ranks.average(torch.stack(losses).mean()).item()  # a GPU is waited for
+        curve["train"].append(loss)
         times.append((time.perf_counter() - start) / len(losses))
         curve["held"].append(scored(model, held_rows(held, what), None, batch=what.micro)["mean"])
         losses.clear()
