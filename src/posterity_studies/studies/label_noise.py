@@ -1,8 +1,10 @@
 """Does sensitivity find wrong labels?
 
 LeNet-5 on Fashion-MNIST with 5 % of the training labels flipped to another class. The training
-images are ranked by IVON's sensitivities, by AdamW's stand-in, and by nothing but the loss, at
-several epochs: a network that has learnt its wrong labels by heart no longer doubts them.
+images are ranked by IVON's sensitivities (of the logits, of the probabilities, and of the image's
+own loss: how much it would rise if the image were left out), by AdamW's stand-in, and by nothing
+but the loss, at several epochs: a network that has learnt its wrong labels by heart no longer
+doubts them.
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ WHEN = (1, 2, 5, 10, 20)  # epochs; the last is the end of training
 RANKINGS = {
     "ivon.loss": "loss, IVON",
     "ivon.full": "sensitivity, IVON",
+    "ivon.rise": "sensitivity of the loss, IVON",
     "ivon.diagonal": "sensitivity, class-diagonal, IVON",
     "adamw.loss": "loss, AdamW",
     "adamw.full": "sensitivity, AdamW's stand-in",
+    "adamw.rise": "sensitivity of the loss, AdamW's stand-in",
     "adamw.diagonal": "sensitivity, class-diagonal, AdamW's stand-in",
 }
+STYLES = {"loss": ":", "full": "-", "rise": "-.", "diagonal": "--"}
 
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     with picture(out / "label-noise.png", 2) as panels:
         for panel, what in zip(panels, ("AUROC", "precision at 5 %"), strict=True):
             for key, curve in curves.items():
-                style = {"loss": ":", "full": "-", "diagonal": "--"}[key.split(".")[1]]
+                style = STYLES[key.split(".")[1]]
                 colour = f"C{int(key.startswith('adamw'))}"
                 values = [at[what] for at in curve.values()]
                 panel.plot(
@@ -99,6 +104,7 @@ def ranked(
             posterior = adam_posterior(opt, model, n, PRIOR)
         found = perturb(model, posterior, task.train)
         known[f"{epoch}.full"], known[f"{epoch}.loss"] = found.sensitivity, found.loss
+        known[f"{epoch}.rise"] = found.left_out - found.loss
         if epoch == when[-1]:  # it takes longer than all the rest
             known[f"{epoch}.diagonal"] = sensitivity(model, posterior, task.train, full=False)
         runs.write_tensors(path, known)

@@ -42,8 +42,9 @@ SUBJECTS: dict[str, Subject] = {
     ),
 }
 # λ is above the number of sentences: at λ = n the noise is only small enough to learn with h0 ≥ 10,
-# from which h does not move in a hundred steps.
-SETTINGS = FinetuneIvon(lr=0.03, ess=1e7, memory=200)
+# from which h does not move in a hundred steps. The memory is a tenth of the steps: with as many as
+# there are, h keeps its start, and its ranks hardly agree with the squared gradients'.
+SETTINGS = FinetuneIvon(lr=0.03, ess=1e7, memory=20)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the sum of task vectors
 FLOORS = (0.03, 0.1, 0.3, 1.0, 3.0)  # δ0, in mean Hessians: between averaging and their sum
 
