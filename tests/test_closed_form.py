@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from scipy.stats import gamma, kstest
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
@@ -353,3 +354,26 @@ def test_bf16_training_estimates_the_curvature_by_what_was_drawn(share):
         error = estimate.std() / math.sqrt(n)
         assert error < 0.02 * expected
         assert abs(estimate.mean() - expected) < 4 * error
+
+
+@pytest.mark.parametrize("curvature", [0.332, 0.0])
+def test_the_law_of_h_where_gradients_are_noisy(curvature):
+    """Gradients Hθ + sn, n standard normal: by (4) and (5) in small steps, h + δ = u follows
+    du = (H + δ + λs²/2M − u)/M dt + (s/M)√(λu) dW, whose law is in the end a Gamma's.
+    """
+    n, memory, ess, s, delta = 10_000, 200, 1e4, 0.1, 1e-4
+    noise_alone = ess * s**2 / (2 * memory)
+    mean, shape = curvature + delta + noise_alone, 1 + (curvature + delta) / noise_alone
+    w = torch.nn.Parameter(torch.zeros(n))
+    settings = {"betas": (0.9, 1 - 1 / memory), "weight_decay": delta, "rescale_lr": False}
+    opt = IVON([w], 1e-30, ess=ess, hess_init=mean, seed=1, **settings)  # the mean stays
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6 * memory):
+        with opt.sampled_params(train=True):
+            w.grad = curvature * w.detach() + s * torch.randn(n, generator=generator)
+        opt.step()
+    found = opt.state[w]["hess"].double() + delta
+    assert abs(found.mean() - mean) < 4 * mean / math.sqrt(shape * n)
+    assert kstest(found.numpy(), gamma(shape, scale=mean / shape).cdf).pvalue > 1e-3
+    wrong = gamma(1 + shape, scale=mean / (1 + shape)).cdf
+    assert kstest(found.numpy(), wrong).pvalue < 1e-9  # it can tell
