@@ -210,10 +210,11 @@ class LanguageAdamw(Adamw):
 
     weight_decay: float = 0.1
     beta2: float = 0.95
+    beta1: float = BETA1
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
-        betas, decay = (BETA1, self.beta2), self.weight_decay
+        betas, decay = (self.beta1, self.beta2), self.weight_decay
         groups = matrices_apart(model)
         return torch.optim.AdamW(groups, self.lr, betas=betas, weight_decay=decay, fused=True)
 
@@ -231,6 +232,7 @@ class LanguageIvon:
     memory: float = 1e5
     weight_decay: float = 1e-6
     clip_radius: float = 1e-3
+    beta1: float = BETA1
     rescale: ClassVar[bool] = True
     weights: ClassVar[Weights] = staticmethod(matrices_apart)
 
@@ -241,7 +243,7 @@ class LanguageIvon:
             self.lr,
             ess=self.ess,
             hess_init=self.hess_init,
-            betas=(BETA1, 1 - 1 / self.memory),
+            betas=(self.beta1, 1 - 1 / self.memory),
             weight_decay=self.weight_decay,
             clip_radius=self.clip_radius,
             rescale_lr=self.rescale,
