@@ -37,7 +37,9 @@ Trials = Mapping[str, Sequence[Settings]]  # as many of each optimizer
 def trials(adamw: Sequence[tuple[float, float]], ivon: Sequence[tuple[float, float, float]]):
     """AdamW with each lr and β2, and IVON with each lr, λ and memory.
 
-    Noise alone, by (4), holds h at λg²/(2·memory) or so: IVON's steps go as lr·memory/λ.
+    Noise alone holds h at λg²/(2·memory) (docs/hessian.md), and the larger a tensor's gradients the
+    shorter are its unclipped steps: with λ/memory above 1e6 or two the first layer's attention and
+    the positions hardly learn, with less most steps are as long as the clip allows.
     """
     return {
         "adamw": [LanguageAdamw(lr=lr, beta2=beta2) for lr, beta2 in adamw],
@@ -75,8 +77,8 @@ SCALES = {
     "desk": Scale(
         DESK,
         trials(
-            ((2e-3, 0.95), (3e-3, 0.95), (5e-3, 0.95), (3e-3, 0.99)),
-            ((1e3, 1e10, 2e3), (1e3, 3e9, 1e3), (2e3, 1e10, 5e2), (1e3, 1e9, 5e2)),
+            ((2e-3, 0.95), (2.5e-3, 0.95), (3e-3, 0.95), (2.5e-3, 0.99)),
+            ((300.0, 3e9, 600.0), (500.0, 3e8, 300.0), (700.0, 1e8, 250.0), (400.0, 1e8, 250.0)),
         ),
     ),
     "gpu": Scale(  # where a trial takes seconds: three times as many
@@ -85,10 +87,8 @@ SCALES = {
             list(product((1.5e-3, 2.5e-3, 4e-3, 6e-3), (0.95, 0.98, 0.99))),
             [
                 (lr, ess, memory)
-                for lr in (1e3, 1.5e3)
-                for ess, memory in (
-                    *((1e10, 2e3), (1e10, 4e3), (3e9, 6e2), (3e9, 1.2e3), (1e9, 2e2), (1e9, 4e2)),
-                )
+                for lr in (350.0, 500.0, 700.0, 1000.0)
+                for ess, memory in ((3e8, 300.0), (1e8, 250.0), (1e8, 1000.0))
             ],
         ),
     ),
