@@ -98,3 +98,16 @@ def test_splits_share_no_sentence_and_airline_tweets_name_one():
     assert len(set(tokens)) == len(tokens)
     others = {tuple(row) for row, _ in TINY.sentences("movies", 0)[0]}
     assert not others & set(tokens)
+
+
+def test_a_hessian_that_noise_took_below_zero_is_raised():
+    mean = {"a": torch.zeros(3), "b": torch.zeros(1)}
+    precision = {"a": torch.tensor([0.5, 1.0, 4.0]), "b": torch.tensor([1.5])}  # h from −δ on
+    posterior = Posterior(mean, precision, prior_precision=1.0, ess=2.0)
+    least = 1e-6 * (-0.5 + 0 + 3) / 3
+    found = merging.raised(posterior).hessian()
+    torch.testing.assert_close(found["a"][:2], torch.full((2,), least), rtol=0.2, atol=0)
+    assert found["a"][2] == 3 and found["b"] == 0.5
+    merging.merge([merging.raised(posterior)] * 2, method="fisher")
+    with pytest.raises(ValueError, match="not positive"):
+        merging.merge([posterior] * 2, method="fisher")

@@ -47,6 +47,7 @@ SUBJECTS: dict[str, Subject] = {
 SETTINGS = FinetuneIvon(lr=0.03, ess=1e7, memory=20)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the sum of task vectors
 FLOORS = (0.03, 0.1, 0.3, 1.0, 3.0)  # δ0, in mean Hessians: between averaging and their sum
+LEAST = 1e-6  # Hessian of a weight, in the largest mean Hessian of a tensor
 
 Score = dict[str, dict[str, float]]  # metric → domain → value
 
@@ -123,7 +124,7 @@ def merged(folder: Path, seed: int, subject: Subject, progress: Progress) -> dic
     ready = prepared(folder, seed, subject, progress)
     domains, base, start = subject.domains, ready.base, ready.start
     held, test = ({d: ready.splits[d][k] for d in domains} for k in (1, 2))
-    models, fishers = list(ready.tuned.values()), list(ready.squared.values())
+    models, fishers = [raised(q) for q in ready.tuned.values()], list(ready.squared.values())
     vectors = {
         "task arithmetic": {"method": "task_arithmetic"},
         "TIES": {"method": "ties", "density": 0.5},
@@ -197,6 +198,17 @@ def prior(start: Posterior) -> Posterior:
     return Posterior(zero, precision, prior_precision=width)
 
 
+def raised(posterior: Posterior) -> Posterior:
+    """With h above 0 wherever noise took it below, down to −δ: rules without a base divide by h."""
+    least = LEAST * max(h.mean().item() for h in posterior.hessian().values())
+    precision = {
+        name: posterior.precision[name] + (least - h).clamp(min=0)
+        for name, h in posterior.hessian().items()
+    }
+    prior = posterior.prior_precision
+    return Posterior(posterior.mean, precision, prior_precision=prior, ess=posterior.ess)
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are finetuned."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -249,7 +261,7 @@ def squares(path: Path, model: nn.Module, at: Posterior, rows: Rows) -> Posterio
                 if p.grad is not None:
                     total[name].addcmul_(p.grad, p.grad)
     model.zero_grad()
-    floor = 1e-6 * max(t.mean().item() for t in total.values())  # where a gradient was always 0
+    floor = LEAST * max(t.mean().item() for t in total.values())  # where a gradient was always 0
     precision = {name: t + 2 * floor for name, t in total.items()}
     taken = {"seconds": time.perf_counter() - clock}
     posterior = Posterior(at.mean, precision, prior_precision=floor, settings=taken)
