@@ -406,11 +406,11 @@ def _check_values(method: str, name: str, mean: Tensor, precision: Tensor) -> No
     if not precision.isfinite().all():
         raise ValueError(f"the merged precision is not finite: {name}")
     if not (precision > 0).all():
-        why = (
-            "The base is narrower than the models: is it the prior that they share?"
-            if method == "product"
-            else "Hessians are zero or negative there: a base of more precision would help"
-        )
+        why = {
+            "product": "The base is narrower than the models: is it the prior that they share?",
+            "fisher": "Hessians are zero or negative there, as noise makes some of IVON's: take "
+            "method 'hessian' with a base, or raise the models' precision above their prior's",
+        }.get(method, "Hessians are zero or negative there: a base of more precision would help")
         raise ValueError(f"the merged precision is not positive: {name}. {why}")
     if not mean.isfinite().all():
         raise ValueError(f"the merged mean is not finite: {name}")
