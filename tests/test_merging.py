@@ -523,7 +523,7 @@ def test_a_precision_that_is_not_positive_names_the_tensor():
     with pytest.raises(ValueError, match=r"not positive: a\.bias\. The base is narrower"):
         merge(models(2), base=narrow, method="product")  # 2·≤10 − 50
     zero = Posterior({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 0.5])}, prior_precision=0.5)
-    with pytest.raises(ValueError, match="not positive: w.*take method 'hessian' with a base"):
+    with pytest.raises(ValueError, match=r"not positive: w.*take method 'hessian' with a base"):
         merge([zero, zero], method="fisher")
     with pytest.raises(ValueError, match="not positive"):
         merge(models(2), base=make(0), alpha=-100)

@@ -223,13 +223,14 @@ class LanguageAdamw(Adamw):
 class LanguageIvon:
     """IVON for language models: λ itself, for a corpus has more tokens than are seen.
 
-    The defaults are the paper's for GPT-2 (124M).
+    Without ``memory`` h remembers a tenth of the steps, and so forgets its start. The defaults are
+    the paper's for GPT-2 (124M).
     """
 
     lr: float = 300.0
     ess: float = 1e10
     hess_init: float = 1e-3
-    memory: float = 1e5
+    memory: float | None = 1e5
     weight_decay: float = 1e-6
     clip_radius: float = 1e-3
     beta1: float = BETA1
@@ -238,12 +239,13 @@ class LanguageIvon:
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
+        memory = self.memory or max(steps / 10, 1)
         return IVON(
             self.weights(model),
             self.lr,
             ess=self.ess,
             hess_init=self.hess_init,
-            betas=(self.beta1, 1 - 1 / self.memory),
+            betas=(self.beta1, 1 - 1 / memory),
             weight_decay=self.weight_decay,
             clip_radius=self.clip_radius,
             rescale_lr=self.rescale,
@@ -275,6 +277,6 @@ class FinetuneIvon(LanguageIvon):
 
     lr: float = 0.03
     ess: float = 1e7
-    memory: float = 200
+    memory: float | None = None
     rescale: ClassVar[bool] = False
     weights: ClassVar[Weights] = staticmethod(trainable)

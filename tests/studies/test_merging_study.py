@@ -107,7 +107,8 @@ def test_a_hessian_that_noise_took_below_zero_is_raised():
     least = 1e-6 * (-0.5 + 0 + 3) / 3
     found = merging.raised(posterior).hessian()
     torch.testing.assert_close(found["a"][:2], torch.full((2,), least), rtol=0.2, atol=0)
-    assert found["a"][2] == 3 and found["b"] == 0.5
+    assert found["a"][2] == 3
+    assert found["b"] == 0.5
     merging.merge([merging.raised(posterior)] * 2, method="fisher")
     with pytest.raises(ValueError, match="not positive"):
         merging.merge([posterior] * 2, method="fisher")

@@ -28,17 +28,15 @@ from posterity_studies.train import Progress
 SAMPLES = 16
 Trials = Mapping[str, Sequence[Settings]]  # of each optimizer, as many of both
 Job = tuple[str, int, Settings, str, int]  # optimizer, number of the settings, these, domain, seed
-SHORT = 20  # steps of memory, where there are a hundred or two: h forgets its start
 ENCODERS: Trials = {
     "adamw": [FinetuneAdamw(lr) for lr in (5e-5, 1e-4, 2e-4, 4e-4)],
     "ivon": [
-        FinetuneIvon(lr, ess, memory=SHORT)
-        for lr, ess in ((0.03, 1e7), (0.03, 1e6), (0.03, 3e6), (0.06, 3e6))
+        FinetuneIvon(lr, ess) for lr, ess in ((0.03, 1e7), (0.03, 1e6), (0.03, 3e6), (0.06, 3e6))
     ],
 }
 ADAPTERS: Trials = {
     "adamw": [FinetuneAdamw(lr, 0.0) for lr in (2e-4, 1e-3)],
-    "ivon": [FinetuneIvon(lr, weight_decay=0.0, memory=SHORT) for lr in (0.03, 0.1)],
+    "ivon": [FinetuneIvon(lr, weight_decay=0.0) for lr in (0.03, 0.1)],
 }
 LARGE: Trials = {
     "adamw": [FinetuneAdamw(lr) for lr in (5e-6, 1e-5, 2e-5, 3e-5)],

@@ -1,10 +1,9 @@
 """Does sensitivity find wrong labels?
 
 LeNet-5 on Fashion-MNIST with 5 % of the training labels flipped to another class. The training
-images are ranked by IVON's sensitivities (of the logits, of the probabilities, and of the image's
-own loss: how much it would rise if the image were left out), by AdamW's stand-in, and by nothing
-but the loss, at several epochs: a network that has learnt its wrong labels by heart no longer
-doubts them.
+images are ranked by IVON's sensitivities, by their self-influence (how much an image's own loss
+would rise if it were left out), by AdamW's stand-in for both, and by nothing but the loss, at
+several epochs: a network that has learnt its wrong labels by heart no longer doubts them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from posterity import IVON, metrics, sensitivity
 from posterity.integrations.adam import adam_posterior
 from posterity.perturbation import perturb
 from posterity_studies import runs
-from posterity_studies.recipes import Recipe, recipe
+from posterity_studies.recipes import Recipe, UserError, recipe
 from posterity_studies.studies.leave_one_out import PRIOR
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.tasks import Task, load_task
@@ -33,14 +32,14 @@ WHEN = (1, 2, 5, 10, 20)  # epochs; the last is the end of training
 RANKINGS = {
     "ivon.loss": "loss, IVON",
     "ivon.full": "sensitivity, IVON",
-    "ivon.rise": "sensitivity of the loss, IVON",
+    "ivon.influence": "self-influence, IVON",
     "ivon.diagonal": "sensitivity, class-diagonal, IVON",
     "adamw.loss": "loss, AdamW",
     "adamw.full": "sensitivity, AdamW's stand-in",
-    "adamw.rise": "sensitivity of the loss, AdamW's stand-in",
+    "adamw.influence": "self-influence, AdamW's stand-in",
     "adamw.diagonal": "sensitivity, class-diagonal, AdamW's stand-in",
 }
-STYLES = {"loss": ":", "full": "-", "rise": "-.", "diagonal": "--"}
+STYLES = {"loss": ":", "full": "-", "influence": "-.", "diagonal": "--"}
 
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
@@ -104,12 +103,16 @@ def ranked(
             posterior = adam_posterior(opt, model, n, PRIOR)
         found = perturb(model, posterior, task.train)
         known[f"{epoch}.full"], known[f"{epoch}.loss"] = found.sensitivity, found.loss
-        known[f"{epoch}.rise"] = found.left_out - found.loss
+        known[f"{epoch}.influence"] = found.left_out - found.loss
         if epoch == when[-1]:  # it takes longer than all the rest
             known[f"{epoch}.diagonal"] = sensitivity(model, posterior, task.train, full=False)
         runs.write_tensors(path, known)
 
-    train(chosen, optimizer, seed, out / f"{optimizer}-seed{seed}", progress, watch)
+    folder = out / f"{optimizer}-seed{seed}"
+    train(chosen, optimizer, seed, folder, progress, watch)
+    kinds = ("full", "loss", "influence")
+    if any(f"{epoch}.{kind}" not in known for epoch in when for kind in kinds):
+        raise UserError(f"{path} does not hold all scores: remove it and {folder}, or change --out")
     return known
 
 

@@ -10,6 +10,7 @@ RoBERTa, in full, on reviews.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,12 +43,12 @@ SUBJECTS: dict[str, Subject] = {
     ),
 }
 # λ is above the number of sentences: at λ = n the noise is only small enough to learn with h0 ≥ 10,
-# from which h does not move in a hundred steps. The memory is a tenth of the steps: with as many as
-# there are, h keeps its start, and its ranks hardly agree with the squared gradients'.
+# from which h does not move in a hundred steps. With a memory as long as a domain's 188 steps h
+# keeps its start, and its ranks hardly agree with the squared gradients'.
 SETTINGS = FinetuneIvon(lr=0.03, ess=1e7, memory=20)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the sum of task vectors
 FLOORS = (0.03, 0.1, 0.3, 1.0, 3.0)  # δ0, in mean Hessians: between averaging and their sum
-LEAST = 1e-6  # Hessian of a weight, in the largest mean Hessian of a tensor
+LEAST = 1e-6  # Hessian of a weight, as a share of the largest mean Hessian of a tensor
 
 Score = dict[str, dict[str, float]]  # metric → domain → value
 
@@ -199,7 +200,10 @@ def prior(start: Posterior) -> Posterior:
 
 
 def raised(posterior: Posterior) -> Posterior:
-    """With h above 0 wherever noise took it below, down to −δ: rules without a base divide by h."""
+    """With λh above 0 where noise took it below, down to −λδ, for ``fisher``, which divides by it.
+
+    One posterior for every rule: beside a base the difference is nothing.
+    """
     least = LEAST * max(h.mean().item() for h in posterior.hessian().values())
     precision = {
         name: posterior.precision[name] + (least - h).clamp(min=0)
@@ -233,7 +237,8 @@ def finetuned(
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(start.mean[name])
-    opt = SETTINGS.build(model, len(rows), 0, seed)
+    steps = subject.epochs * math.ceil(len(rows) / subject.batch)
+    opt = SETTINGS.build(model, len(rows), steps, seed)
     assert isinstance(opt, IVON)
     clock = time.perf_counter()
     finetune(model, opt, rows, subject, seed)

@@ -37,9 +37,10 @@ Trials = Mapping[str, Sequence[Settings]]  # as many of each optimizer
 def trials(adamw: Sequence[tuple[float, float]], ivon: Sequence[tuple[float, float, float]]):
     """AdamW with each lr and β2, and IVON with each lr, λ and memory.
 
-    Noise alone holds h at λg²/(2·memory) (docs/hessian.md), and the larger a tensor's gradients the
-    shorter are its unclipped steps: with λ/memory above 1e6 or two the first layer's attention and
-    the positions hardly learn, with less most steps are as long as the clip allows.
+    Noise alone holds h at λg²/(2·memory), g² the gradients' mean square (docs/hessian.md), and the
+    larger a tensor's gradients the shorter are its unclipped steps: with λ/memory of several
+    millions the first layer's attention and the positions hardly learn, with one or less most steps
+    are as long as the clip allows.
     """
     return {
         "adamw": [LanguageAdamw(lr=lr, beta2=beta2) for lr, beta2 in adamw],
