@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from posterity import Posterior, metrics, predict
+from posterity import IVON, Posterior, metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
 from posterity_studies.recipes import Diverged, UserError
@@ -145,7 +145,8 @@ def finetune(
 ) -> None:
     """Train on sentences: a warm-up of 5 % of the steps, linear decay, gradients clipped at 1.
 
-    With ``checkpoint`` the state is kept there after each epoch, and taken up from there.
+    IVON's are not: it bounds its steps itself, and clipped gradients would hide from h how much a
+    task's loss still varies, which merging needs. With ``checkpoint`` the state is kept there after each epoch, and taken up from there.
 
     Raises:
         Diverged: the loss is not finite.
@@ -179,7 +180,8 @@ def finetune(
                     cross_entropy(subject.logits(replica, inputs), targets, reduction="sum") * share
                 )
                 loss.backward()
-                nn.utils.clip_grad_norm_(weights.values(), 1.0)
+                if not isinstance(opt, IVON):
+                    nn.utils.clip_grad_norm_(weights.values(), 1.0)
             opt.step()
             rate.step()
             losses.append(loss.detach())
