@@ -146,7 +146,8 @@ def finetune(
     """Train on sentences: a warm-up of 5 % of the steps, linear decay, gradients clipped at 1.
 
     IVON's are not: it bounds its steps itself, and clipped gradients would hide from h how much a
-    task's loss still varies, which merging needs. With ``checkpoint`` the state is kept there after each epoch, and taken up from there.
+    task's loss still varies, which merging needs. With ``checkpoint`` the state is kept there after
+    each epoch, and taken up from there.
 
     Raises:
         Diverged: the loss is not finite.

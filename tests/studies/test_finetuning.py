@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from posterity import Posterior, merge, metrics
 from posterity_studies import claims, finetune
@@ -68,11 +70,27 @@ BOTH = {
 @pytest.mark.parametrize("name", BOTH)
 def test_finetuning_learns(name):
     model = Words().make(0)
-    opt = BOTH[name].build(model, 120, 0, 0)
+    opt = BOTH[name].build(model, 120, 30, 0)
     before = finetune.scored(model, None, rows(), Words(), 1)
     finetune.finetune(model, opt, rows(), Words(), seed=0)
     after = finetune.scored(model, None, rows(), Words(), 1)
     assert after["accuracy"] > 0.9 > before["accuracy"]
+
+
+def test_h_tells_how_much_a_loss_varies(monkeypatch):
+    """A loss seven times as large has 49 times the squared gradients, if nothing clips them."""
+    found = []
+    for scale in (5.0, 35.0):
+        loss = partial(cross_entropy, reduction="sum")
+        monkeypatch.setattr(
+            finetune, "cross_entropy", lambda x, y, reduction, s=scale, f=loss: s * f(x, y)
+        )
+        model = Words().make(0)
+        opt = FinetuneIvon(1e-9, 1e4, hess_init=1e-3).build(model, 120, 30, 0)
+        finetune.finetune(model, opt, rows(), Words(), seed=0)
+        h = torch.cat([s["hess"].flatten() for s in opt.state.values()])
+        found.append(h.mean().item())
+    assert 20 < found[1] / found[0] < 100
 
 
 @pytest.mark.parametrize("name", BOTH)

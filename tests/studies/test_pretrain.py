@@ -15,7 +15,7 @@ from posterity_studies.data import cache, text
 from posterity_studies.models.gpt import GPT, GPTConfig
 from posterity_studies.pretrain import Pretraining
 from posterity_studies.recipes import UserError
-from posterity_studies.settings import LanguageAdamw, LanguageIvon
+from posterity_studies.settings import FinetuneIvon, LanguageAdamw, LanguageIvon
 from posterity_studies.studies import pretraining
 from posterity_studies.train import silent, warmup_cosine
 
@@ -33,6 +33,21 @@ BOTH = {
 
 def run(settings, folder, what=SMALL, seed=0):
     return pretrain.pretrain(what, settings, seed, folder, TOKENS, TOKENS[:500])
+
+
+@pytest.mark.parametrize(
+    ("settings", "betas"),
+    [
+        (LanguageAdamw(lr=1.0, beta2=0.9, beta1=0.8), (0.8, 0.9)),
+        (LanguageIvon(memory=10, beta1=0.8), (0.8, 0.9)),
+        (FinetuneIvon(), (0.9, 0.98)),  # a memory of a tenth of the steps
+    ],
+    ids=["AdamW", "IVON", "finetuning"],
+)
+def test_settings_reach_the_optimizer(settings, betas):
+    opt = settings.build(GPT(SMALL.shape), 100, 500, 0)
+    for group in opt.param_groups:
+        assert group["betas"] == pytest.approx(betas)
 
 
 @pytest.mark.parametrize("name", BOTH)
