@@ -9,7 +9,7 @@ several epochs: a network that has learnt its wrong labels by heart no longer do
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ RANKINGS = {
     "adamw.influence": "self-influence, AdamW's stand-in",
     "adamw.diagonal": "sensitivity, class-diagonal, AdamW's stand-in",
 }
-STYLES = {"loss": ":", "full": "-", "influence": "-.", "diagonal": "--"}
+STYLES = {"loss": ":", "full": "-", "influence": "-.", "diagonal": "none"}
 
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
@@ -62,20 +62,26 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         best = max(curves[key].items(), key=lambda item: item[1]["AUROC"])
         found = {"best epoch": best[0], "AUROC then": best[1]["AUROC"]}
         rows.append({"method": name, **curves[key][when[-1]], **found})
-    with picture(out / "label-noise.png", 2) as panels:
+    draw(out / "label-noise.png", curves)
+    return {"rows": rows, "data": task.digest, "curves": curves, "wrong": int(task.wrong.sum())}
+
+
+def draw(path: Path, curves: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
+    """How well each ranking points at wrong labels, over epochs."""
+    with picture(path, 2) as panels:
         for panel, what in zip(panels, ("AUROC", "precision at 5 %"), strict=True):
             for key, curve in curves.items():
                 style = STYLES[key.split(".")[1]]
-                colour = f"C{int(key.startswith('adamw'))}"
+                look = {"ls": style, "marker": "o" if style != "none" else "s"}
+                look["color"] = f"C{int(key.startswith('adamw'))}"
                 values = [at[what] for at in curve.values()]
-                panel.plot(
-                    list(curve), values, style, color=colour, marker="o", label=RANKINGS[key]
-                )
+                panel.plot([*curve], values, label=RANKINGS[key], **look)
             label(panel, f"Flipped labels found: {what}", "epochs trained", what)
+            when = [*curves["ivon.loss"]]
             panel.set(xscale="log", xticks=when, xticklabels=when)
             panel.minorticks_off()
-        panels[1].legend(fontsize=8)
-    return {"rows": rows, "data": task.digest, "curves": curves, "wrong": int(task.wrong.sum())}
+        lines = panels[0].get_legend_handles_labels()
+        panels[0].figure.legend(*lines, loc="outside lower center", ncols=2, fontsize=8)
 
 
 def ranked(
