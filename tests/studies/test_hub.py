@@ -204,7 +204,7 @@ class Odd(small.Words):
 
 
 subject = Odd(batch=3, epochs=2)
-settings = FinetuneIvon(1.0, 1e4, hess_init=0.1, clip_radius=1.0)
+settings = FinetuneIvon(1.0, 1e4, hess_init=0.1, clip_radius=1.0, memory=200)
 with ranks.joined():
     finetune.run(subject, "above", settings, 0, Path(sys.argv[1]), samples=3)
 """
