@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -95,8 +94,7 @@ def _run(
     train, held, test = subject.sentences(domain, seed)
     model = subject.make(seed, domain).to(ranks.device())
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    steps = subject.epochs * math.ceil(len(train) / subject.batch)
-    opt = settings.build(model, len(train), steps, seed)
+    opt = settings.build(model, len(train), subject.steps(len(train)), seed)
     posterior_of = getattr(opt, "posterior", None)
     ranks.together()
     if ranks.first():
@@ -152,7 +150,7 @@ def finetune(
     Raises:
         Diverged: the loss is not finite.
     """
-    steps = subject.epochs * math.ceil(len(rows) / subject.batch)
+    steps = subject.steps(len(rows))
     rate = torch.optim.lr_scheduler.LambdaLR(
         opt, lambda t: min((t + 1) / (0.05 * steps), 1) * (1 - t / steps)
     )

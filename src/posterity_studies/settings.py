@@ -13,7 +13,7 @@ from torch import nn
 from posterity import IVON
 from posterity_studies import baselines
 
-BETA1 = 0.9  # and SGD's momentum, throughout
+BETA1 = 0.9  # where no setting says another; and SGD's momentum
 
 
 class Settings(Protocol):

@@ -5,6 +5,7 @@ A subject is plain values: jobs in other processes make the model and read the s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class Subject(ABC):
     @abstractmethod
     def sentences(self, domain: str, seed: int) -> Splits:
         """Sentences as tokens with their classes."""
+
+    def steps(self, sentences: int) -> int:
+        """How many it learns for on so many."""
+        return self.epochs * math.ceil(sentences / self.batch)
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (sentences, classes)."""

@@ -10,7 +10,6 @@ RoBERTa, in full, on reviews.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -204,11 +203,9 @@ def raised(posterior: Posterior) -> Posterior:
 
     One posterior for every rule: beside a base the difference is nothing.
     """
-    least = LEAST * max(h.mean().item() for h in posterior.hessian().values())
-    precision = {
-        name: posterior.precision[name] + (least - h).clamp(min=0)
-        for name, h in posterior.hessian().items()
-    }
+    hessian = posterior.hessian()
+    least = LEAST * max(h.mean().item() for h in hessian.values())
+    precision = {n: posterior.precision[n] + (least - h).clamp(min=0) for n, h in hessian.items()}
     prior = posterior.prior_precision
     return Posterior(posterior.mean, precision, prior_precision=prior, ess=posterior.ess)
 
@@ -237,8 +234,7 @@ def finetuned(
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(start.mean[name])
-    steps = subject.epochs * math.ceil(len(rows) / subject.batch)
-    opt = SETTINGS.build(model, len(rows), steps, seed)
+    opt = SETTINGS.build(model, len(rows), subject.steps(len(rows)), seed)
     assert isinstance(opt, IVON)
     clock = time.perf_counter()
     finetune(model, opt, rows, subject, seed)
