@@ -50,7 +50,9 @@ def found(model, opt):
     posterior = opt.posterior(model)
     named = ((clean_name(n), p.detach()) for n, p in model.named_parameters())
     weights = {n: whole(p).clone() for n, p in named}
+    diagnosed = opt.diagnostics(model).scalars(layers=True)
     return {
+        "diagnostics": {name: torch.tensor(value) for name, value in diagnosed.items()},
         "mean": dict(posterior.mean),
         "precision": dict(posterior.precision),
         "weights": weights,

@@ -11,7 +11,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "```python" in p.read_text())
 NEEDS = {"transformers": "transformers", "accelerate": "accelerate", "peft": "peft"}
-NEEDS["lightning"] = "lightning"
+NEEDS |= {"lightning": "lightning", "diagnostics": "tensorboard"}
 
 
 @pytest.mark.slow

@@ -305,6 +305,15 @@ def test_the_test_loss_is_estimated_from_training_data_at_each_validation():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_diagnostics_are_logged_at_each_validation():
+    model = Classifier()
+    trainer = fit(model, PosteriorCallback(diagnostics=True), validate=True)
+    found = trainer.optimizers[0].diagnostics(model)
+    logged = {k: v.item() for k, v in trainer.callback_metrics.items() if "posterior/" in k}
+    assert logged == pytest.approx(found.scalars(), rel=1e-6)
+    assert logged["posterior/noise_to_weight"] > 0
+
+
 def test_the_posterior_predicts_in_the_trainers_precision():
     class Seen(Classifier):
         def forward(self, x):

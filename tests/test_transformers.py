@@ -210,7 +210,7 @@ def test_the_callback_saves_the_posterior_and_logs_its_state(model, tmp_path):
     assert (tmp_path / "checkpoint-3" / "posterior.safetensors").exists()
     logged = [line for line in its.state.log_history if "posterior/noise_to_weight" in line]
     assert [line["step"] for line in logged[:2]] == [3, 6]
-    assert 0 < logged[0]["posterior/moved"] <= 1
+    assert 0 < logged[1]["posterior/started"] < logged[0]["posterior/started"] <= 1
     inputs = torch.stack([row["input_ids"] for row in DATA[:8]])
     prediction = predict(model, saved, {"input_ids": inputs}, samples=4)
     assert prediction.probs.shape == (8, 3)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint, distributed, groups, ops
+from .binding import clean_name
+from .diagnostics import Diagnostics, Layer
 from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
@@ -695,3 +697,51 @@ class IVON(Optimizer):
             buffers=buffers,
             settings={"optimizer": "IVON", "groups": [groups.plain(g) for g in self.param_groups]},
         )
+
+    @torch.no_grad()
+    def diagnostics(
+        self,
+        model: nn.Module | Iterable[tuple[str, Tensor]] | None = None,
+        *,
+        loss: float | None = None,
+        batch: int | None = None,
+    ) -> Diagnostics:
+        """How training goes: numbers of h, the noise and the steps, and what to do about them.
+
+        Takes about the time of a few steps, and of memory some copies of the largest tensor. Of
+        sharded parameters every rank gets the whole, so every rank must call this.
+
+        Args:
+            model: the module, or its ``named_parameters()``, for the tensors' names.
+            loss: mean training loss per example at posterior samples, in nats: for the ELBO.
+            batch: examples of a step, over all ranks: to judge the noise in h.
+
+        Example:
+            >>> import torch
+            >>> from posterity import IVON
+            >>> _ = torch.manual_seed(0)
+            >>> x, model = torch.randn(8, 2), torch.nn.Linear(2, 1)
+            >>> opt = IVON(model.parameters(), lr=0.1, ess=1000, betas=(0.9, 0.99999), seed=0)
+            >>> def closure():
+            ...     opt.zero_grad()
+            ...     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            ...     loss.backward()
+            ...     return loss
+            >>> for _ in range(20):
+            ...     loss = opt.step(closure)
+            >>> found = opt.diagnostics(model, loss=loss.item())
+            >>> print([verdict.words for verdict in found.verdicts if not verdict.good][0][:15])
+            h has not moved
+        """
+        named = model.named_parameters() if isinstance(model, nn.Module) else model or ()
+        names = {p: clean_name(name) for name, p in named}
+        layers = []
+        for slot in self._slots():
+            state = slot.state
+            own = distributed.like(self._window.mean(slot), slot.param)
+            mean, momentum, hess = map(distributed.whole, (own, state["momentum"], state["hess"]))
+            if mean.numel():
+                name = names.get(slot.param, str(slot.number))
+                steps = int(state["step"])
+                layers.append(Layer.of(name, mean, momentum, hess, steps, slot.group))
+        return Diagnostics(layers, loss, batch)

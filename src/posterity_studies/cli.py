@@ -71,6 +71,9 @@ class Train:
             first = ranks.first()
         if first and not self.quiet:
             compare.show([result])
+            for verdict in result.get("diagnostics", ()):  # runs of earlier versions have none
+                if not verdict["good"]:
+                    print(f"! {verdict['words']}")
             print(f"run folder: {out}")
 
 

@@ -132,6 +132,8 @@ def _train(
         }
         runs.write_checkpoint(folder / "checkpoint.pt", checkpoint)
     peak = peak_memory()
+    curve = log.curve() if ranks.first() else {"train_loss": [math.nan]}
+    verdicts = diagnosed(opt, model, curve["train_loss"][-1], recipe.batch_size)
     evaluations = _finish(recipe, task, model, opt, folder, progress)
     if not ranks.first():
         ranks.together()
@@ -142,13 +144,22 @@ def _train(
         "seconds_per_epoch": sorted(seconds)[len(seconds) // 2],
         "peak_memory_mib": peak,
         "evaluations": evaluations,
-        "curve": log.curve(),
+        "diagnostics": verdicts,
+        "curve": curve,
         "provenance": runs.provenance(seed, task.digest, code),
     }
     runs.write_json(folder / "result.json", result)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     ranks.together()
     return result
+
+
+def diagnosed(
+    opt: torch.optim.Optimizer, model: nn.Module, loss: float, batch: int
+) -> list[dict[str, Any]]:
+    """Verdicts on a training, of an optimizer that gives them."""
+    look = getattr(opt, "diagnostics", None)
+    return [v._asdict() for v in look(model, loss=loss, batch=batch).verdicts] if look else []
 
 
 def _epoch(

@@ -206,6 +206,15 @@ def test_a_run_without_unknown_images_has_a_table_without_them(call, tmp_path):
     assert "AUROC" not in done.stdout
 
 
+def test_training_says_in_the_end_what_was_wrong_with_it(call, tmp_path):
+    out = tmp_path / "run"
+    done = call("train", "smoke", "--epochs", "1", "--set", "memory=1e7", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "! h has not moved" in done.stdout
+    kept = json.loads((out / "result.json").read_text())["diagnostics"]
+    assert {"started", "scatter", "elbo"} <= {verdict["name"] for verdict in kept}
+
+
 def test_folder_of_something_else_is_refused(tmp_path, folder):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not empty"):

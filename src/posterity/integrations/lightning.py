@@ -35,6 +35,8 @@ class PosteriorCallback(Callback):
       ``mean/accuracy``, ``posterior/nll`` and ``posterior/accuracy``.
     - With ``leave_one_out``, training data, each validation logs ``leave_one_out/nll``: what
       :func:`posterity.leave_one_out` estimates of the test loss without test data.
+    - With ``diagnostics``, each validation logs the numbers of
+      :meth:`posterity.IVON.diagnostics`, as ``posterior/noise_to_weight``.
     - Beside every checkpoint ``path`` lies ``path.posterior.safetensors``, for
       :meth:`Posterior.load`; its names are the module's. It goes when the checkpoint goes.
 
@@ -43,6 +45,7 @@ class PosteriorCallback(Callback):
         seed: of the stream of these samples.
         save: whether to save posteriors.
         leave_one_out: training examples, all or a random part: a pair or a loader.
+        diagnostics: whether to log them.
         options: of :func:`posterity.leave_one_out`; ``n_train`` is λ unless it is given.
 
     Raises:
@@ -61,10 +64,12 @@ class PosteriorCallback(Callback):
         seed: int = 0,
         save: bool = True,
         leave_one_out: Any = None,
+        diagnostics: bool = False,
         **options: Any,
     ):
         self.samples, self.seed, self.save = samples, seed, save
         self.left_out, self.options = leave_one_out, options
+        self.diagnostics = diagnostics
         self.posterior: Posterior | None = None
         self._hook: Any = None
 
@@ -113,6 +118,8 @@ class PosteriorCallback(Callback):
             options = {"n_train": self.posterior.ess, **self.options}
             found = leave_one_out(pl_module, self.posterior, self.left_out, **options)
             pl_module.log("leave_one_out/nll", found.nll, sync_dist=True)
+        if self.diagnostics and trainer.optimizers:
+            pl_module.log_dict(_ivon(trainer).diagnostics(pl_module).scalars())
 
     def on_validation_end(self, *_: Any) -> None:
         self.posterior = None

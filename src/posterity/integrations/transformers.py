@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..ivon import IVON
@@ -39,10 +38,9 @@ class PosteriorCallback(TrainerCallback):
 
     ``checkpoint-STEP/posterior.safetensors`` is what ``Posterior.load`` reads, and so is
     ``posterior.safetensors`` in the output folder at the end: the best checkpoint's where Trainer
-    loads that. Of a PEFT model it holds the adapter alone. Logged are
-    ``posterior/noise_to_weight``, the median over weights of σ/|m|, and ``posterior/moved``, the
-    share of the Hessian that is off ``hess_init`` by over a tenth of it. They stand in Trainer's
-    log history; callbacks that report elsewhere see them if they come later.
+    loads that. Of a PEFT model it holds the adapter alone. Logged are the
+    numbers of :meth:`posterity.IVON.diagnostics`, as ``posterior/noise_to_weight``. They stand in
+    Trainer's log history; callbacks that report elsewhere see them if they come later.
 
     Args:
         leave_one_out: training examples, all or a random part, as batches that have ``labels``.
@@ -106,7 +104,7 @@ class PosteriorCallback(TrainerCallback):
     ) -> None:
         if given["optimizer"] is None:  # Trainer evaluates before it has trained
             return
-        found = state_of(_ivon(given["optimizer"]), given["model"])
+        found = _ivon(given["optimizer"]).diagnostics(given["model"]).scalars()
         state.log_history[-1].update(found)
         if logs is not None:
             logs.update(found)
@@ -117,24 +115,6 @@ def posterior_of(opt: IVON, model: nn.Module) -> Posterior:
     if hasattr(model, "peft_config"):
         return opt.posterior((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return opt.posterior(model)
-
-
-def state_of(opt: IVON, model: nn.Module) -> dict[str, float]:
-    """What :class:`PosteriorCallback` logs."""
-    posterior = posterior_of(opt, model)
-    ratio = [
-        (v.rsqrt() / posterior.mean[k].abs()).flatten() for k, v in posterior.precision.items()
-    ]
-    moved, total = 0, 0
-    for group in opt.param_groups:
-        for p in group["params"]:
-            if "hess" in (state := opt.state.get(p, {})):
-                off = (state["hess"] - group["hess_init"]).abs() > 0.1 * group["hess_init"]
-                moved, total = moved + int(off.sum()), total + off.numel()
-    return {
-        "posterior/noise_to_weight": torch.cat(ratio).median().item(),
-        "posterior/moved": moved / max(total, 1),
-    }
 
 
 def _folder(args: TrainingArguments) -> Path:
