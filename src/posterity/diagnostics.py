@@ -15,6 +15,7 @@ from .ops.reference import curvature
 
 __all__ = ["Diagnostics", "Layer", "Verdict"]
 
+PART = 2**18  # weights at a time: what is made of them fits in a cache
 BINS, DECADES = 1200, (-6.0, 6.0)  # of |m|/σ: quantiles are known to within 2.4 %
 STARTED = 0.5  # of h: more is a setting, not what training has found
 NOISE = 1.0  # σ/|m|: above it the noise is larger than what it is added to
@@ -97,32 +98,65 @@ class Layer:
         """From an optimizer's state."""
         group = {k: group[k] for k in (*SETTINGS, "initial_lr") if k in group}
         group["lr"] = float(group["lr"])
-        xi, (beta1, beta2) = group["clip_radius"], group["betas"]
-        delta, start = group["weight_decay"], group["hess_init"] + group["weight_decay"]
-        u = curvature(hess, hess_init=group["hess_init"], weight_decay=delta)
-        gbar = momentum / (1 - beta1**steps) if group["debias"] and steps else momentum  # (5)
-        step = (gbar + delta * mean) / u if steps else torch.zeros_like(u)  # (6)
+        parts = zip(*(t.flatten().split(PART) for t in (mean, momentum, hess)), strict=True)
+        found = [_sums(*part, steps=steps, **group) for part in parts]
+        sums = torch.stack([row for row, _ in found]).sum(0) / mean.numel()
+        weight, noise, step, started, negative, clipped, inverse, kl = sums.tolist()
+        start = group["hess_init"] + group["weight_decay"]
         scale = start if group["rescale_lr"] else 1.0
-        ratio = (mean.abs() * (group["ess"] * u).sqrt()).log10()  # |m|/σ (7)
-        first, last = DECADES
-        place = ((ratio.double() - first) * (BINS / (last - first))).clamp(0, BINS - 1)
-        part = (delta / u).double()  # precision of the prior over the posterior's
-        gap = part - 1 - part.log() + group["ess"] * delta * mean.double().square()
         return cls(
             name=name,
             shape=tuple(mean.shape),
             group=group,
             steps=steps,
-            weight=_rms(mean),
-            noise=_rms((group["ess"] * u).rsqrt()),
-            step=scale * _rms(step.clamp(-xi, xi)),
-            started=_average((beta2**steps * start / u).clamp(max=1)),
-            negative=_average(hess < 0),
-            clipped=_average(step.abs() >= xi),
-            rate=group["lr"] * scale * _average(1 / u),
-            kl=gap.sum().item() / 2,
-            counts=torch.bincount(place.nan_to_num().long().flatten(), minlength=BINS).cpu(),
+            weight=weight**0.5,
+            noise=noise**0.5,
+            step=scale * step**0.5,
+            started=started,
+            negative=negative,
+            clipped=clipped,
+            rate=group["lr"] * scale * inverse,
+            kl=kl * mean.numel(),
+            counts=torch.stack([counts for _, counts in found]).sum(0).cpu(),
         )
+
+
+def _sums(
+    mean: Tensor,
+    momentum: Tensor,
+    hess: Tensor,
+    *,
+    steps: int,
+    ess: float,
+    hess_init: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    clip_radius: float,
+    debias: bool,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of a part of a tensor: sums of what a layer has on average, and counts of |m|/σ."""
+    beta1, beta2 = betas
+    u = curvature(hess, hess_init=hess_init, weight_decay=weight_decay)
+    gbar = momentum / (1 - beta1**steps) if debias and steps else momentum  # (5)
+    step = (gbar + weight_decay * mean) / u if steps else torch.zeros_like(u)  # (6)
+    precision = ess * u
+    ratio = mean.abs() * precision.sqrt()  # |m|/σ (7)
+    share = weight_decay / u  # of the prior's precision in the posterior's
+    averaged = (
+        mean.square(),
+        1 / precision,
+        step.clamp(-clip_radius, clip_radius).square(),
+        (beta2**steps * (hess_init + weight_decay) / u).clamp(max=1),
+        hess < 0,
+        step.abs() >= clip_radius,
+        1 / u,
+        (share - 1 - share.log() + ess * weight_decay * mean.square()) / 2,
+    )
+    first, last = DECADES
+    place = ((ratio.log10() - first) * (BINS / (last - first))).nan_to_num().clamp(0, BINS - 1)
+    counts = torch.bincount(place.long(), minlength=BINS)
+    return torch.stack([values.sum(dtype=torch.float64) for values in averaged]), counts
 
 
 @dataclass(frozen=True)
@@ -357,14 +391,6 @@ def _scale(group: Mapping[str, Any]) -> str:
 def _names(layers: Sequence[Layer], most: int = 3) -> str:
     more = f" and {len(layers) - most} more" if len(layers) > most else ""
     return ", ".join(layer.name for layer in layers[:most]) + more
-
-
-def _rms(values: Tensor) -> float:
-    return values.double().square().mean().sqrt().item()
-
-
-def _average(values: Tensor) -> float:
-    return values.double().mean().item()
 
 
 def _quantile(counts: Tensor, share: float) -> float:

@@ -708,8 +708,8 @@ class IVON(Optimizer):
     ) -> Diagnostics:
         """How training goes: numbers of h, the noise and the steps, and what to do about them.
 
-        Takes about the time of a few steps, and of memory some copies of the largest tensor. Of
-        sharded parameters every rank gets the whole, so every rank must call this.
+        It takes some tens of times as long as a step. Of sharded parameters every rank gets the
+        whole, a tensor at a time, so every rank must call this.
 
         Args:
             model: the module, or its ``named_parameters()``, for the tensors' names.
