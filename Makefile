@@ -26,8 +26,9 @@ bench: .venv/dev  ## what IVON costs beside AdamW on this machine: steps, memory
 bench-gpu: .venv/dev  ## the same on a GPU (PyTorch with CUDA has to be in .venv)
 	@$(BIN)/python -m benchmarks --device cuda --only optimizers memory training sizes --out runs/bench-gpu
 
-docs: .venv/dev  ## API pages from the docstrings, to site/
-	@$(BIN)/pdoc -o site posterity posterity_studies
+docs: .venv/dev  ## the documentation as a site, to site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	@echo "site/index.html; to search in it: $(BIN)/mkdocs serve"
 
 clean:  ## remove the environment and what tools cache (runs/ stays)
 	rm -rf .venv site .ruff_cache .pytest_cache build src/*.egg-info

@@ -44,7 +44,7 @@ MISTAKES = {
     "started": ({"betas": (0.9, 0.99999)}, "h has not moved"),
     "scatter": ({"ess": 1e6}, r"Raise betas\[1\] to 0.999995, or lower ess to 480"),
     "negative": ({"weight_decay": 1.0, "ess": 1e4, "betas": (0.9, 0.95)}, "which is noise"),
-    "noise_to_weight": ({"ess": 1.0}, "drowns the weights of 0.weight.*Raise ess or hess_init"),
+    "noise_to_weight": ({"ess": 1.0}, "drowns the weights of 0.weight.*raise ess or hess_init"),
     "signal_to_noise": ({"hess_init": 1e9, "ess": 1e3}, "Lower ess or hess_init"),
     "clipped": ({"clip_radius": 1e-9}, "Raise clip_radius or hess_init"),
     "step_to_weight": ({"lr": 1e-9}, "Raise lr; with rescale_lr good values are above SGD's"),

@@ -32,10 +32,29 @@ def test_page(page, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_every_link_to_a_test_names_one():
-    links = re.findall(
-        r"\]\(\.\./(tests/\S+\.py) \"(\w+)\"\)", (DOCS / "frameworks.md").read_text()
-    )
-    assert len(links) > 20
-    for file, name in links:
-        assert f"\ndef {name}(" in (DOCS.parent / file).read_text(), (file, name)
+def test_every_test_that_is_named_exists():
+    pages = "".join(p.read_text() for p in DOCS.rglob("*.md"))
+    tests = "".join(p.read_text() for p in (DOCS.parent / "tests").rglob("*.py"))
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", pages))
+    assert len(named) > 20
+    assert not {name for name in named if f"def {name}(" not in tests}
+
+
+@pytest.mark.slow
+def test_the_site_has_no_warning_and_fetches_nothing(tmp_path):
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=DOCS.parent, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    pages = {p.relative_to(tmp_path).as_posix(): p.read_text() for p in tmp_path.rglob("*.html")}
+    assert {"index.html", "reference.html", "results/index.html"} <= pages.keys()
+    for name, page in pages.items():
+        fetched = re.findall(
+            r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(https?:[^\"\s>]*)", page
+        )
+        assert not fetched, name
+        assert not re.search(r":(?:class|meth|func):", page), f"{name}: a role as it stands"
+    for name in ("IVON", "Posterior", "predict", "merge", "sensitivity", "metrics.ece"):
+        assert f'id="posterity.{name}"' in pages["reference.html"], name

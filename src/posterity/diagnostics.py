@@ -250,9 +250,10 @@ class Diagnostics:
         words = f"{share:.0%} of h+δ is still hess_init"
         if share > STARTED:
             words = (
-                f"h has not moved: {words} after {t} steps, so that the widths are a setting and "
-                f"not learnt. Lower hess_init, or betas[1]: with {1 - 10 / (t + 10):.6g} so many "
-                "steps forget a start"
+                f"h has not moved: {words} after {t} steps. To train and predict that is a choice, "
+                "but what needs the curvature (sensitivity, leave_one_out, merging) has none yet: "
+                f"lower hess_init, or betas[1]; with {1 - 10 / (t + 10):.6g} so many steps forget a "
+                "start"
             )
         return Verdict("started", share, share <= STARTED, words)
 
@@ -289,7 +290,7 @@ class Diagnostics:
         if drowned:
             words = (
                 f"noise drowns the weights of {_names(drowned)}: σ is {most:.2g} times their size. "
-                "Raise ess or hess_init"
+                "Where accuracy suffers raise ess or hess_init"
             )
         return Verdict("noise_to_weight", most, not drowned, words)
 
