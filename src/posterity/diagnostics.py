@@ -252,8 +252,8 @@ class Diagnostics:
             words = (
                 f"h has not moved: {words} after {t} steps. To train and predict that is a choice, "
                 "but what needs the curvature (sensitivity, leave_one_out, merging) has none yet: "
-                f"lower hess_init, or betas[1]; with {1 - 10 / (t + 10):.6g} so many steps forget a "
-                "start"
+                f"lower hess_init, or betas[1]; with {1 - 10 / (t + 10):.6g} h forgets its start "
+                "in so many steps"
             )
         return Verdict("started", share, share <= STARTED, words)
 
