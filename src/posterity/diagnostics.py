@@ -15,15 +15,17 @@ from .ops.reference import curvature
 
 __all__ = ["Diagnostics", "Layer", "Verdict"]
 
-PART = 2**18  # weights at a time: what is made of them fits in a cache
-BINS, DECADES = 1200, (-6.0, 6.0)  # of |m|/σ: quantiles are known to within 2.4 %
+PART = 2**18  # weights at a time on a CPU: what is made of them fits in its cache
+BINS, DECADES = 1200, (-6.0, 6.0)  # of |m|/σ: quantiles are known to within 1.2 %
 STARTED = 0.5  # of h: more is a setting, not what training has found
+GROWTH = 5.0  # of the steps since the start, as h fell
+SCATTER = 0.5  # noise in h over squared gradients: h then scatters by 70 % and more
+NEGATIVE = 0.05  # of the weights
 NOISE = 1.0  # σ/|m|: above it the noise is larger than what it is added to
 POINT = 1000.0  # |m|/σ: above it no sample can be told from the mean
 CLIPPED = 0.5  # of the weights: above it ξ decides the step of most, and h no more
 FAST, SLOW = 0.1, 1e-7  # a step over a weight; the rounding of float32 is 6e-8
-SCATTER = 0.5  # noise in h over squared gradients: h then scatters by 70 % and more
-NEGATIVE = 0.05  # of the weights: their h is noise
+KEPT = (*SETTINGS, "initial_lr", "mc_samples")
 
 
 class Verdict(NamedTuple):
@@ -44,17 +46,18 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One tensor of weights and its settings. Shares are of its elements; all σ are at 1/√λ(h+δ).
+    """One tensor of weights and its settings. Shares are of its elements.
 
     Attributes:
         steps: that it has taken.
         weight: root mean square of the mean m.
-        noise: of σ.
+        noise: of σ = 1/√(λ(h+δ)).
         step: of the last step (6), at a learning rate of 1.
-        started: share of h+δ that is still ``hess_init``'s, β2^t (h0+δ)/(h+δ) ≤ 1, on average.
-        negative: share whose h is below zero, as noise in its estimate can take it.
+        started: share of h+δ that is what remains of ``hess_init``, β2^t h0/(h+δ), on average.
+        growth: (h0+δ)/(h+δ) on average: of the steps since the start, with ``rescale_lr``.
+        negative: share whose h is below zero.
         clipped: share whose last step was bounded by ``clip_radius``.
-        rate: step over preconditioner: lr (h0+δ)/(h+δ) with ``rescale_lr``, on average.
+        odd: share that is not finite, in m, in its momentum, or in h.
         kl: KL to the prior, in nats: infinite where the prior is flat.
     """
 
@@ -66,9 +69,10 @@ class Layer:
     noise: float
     step: float
     started: float
+    growth: float
     negative: float
     clipped: float
-    rate: float
+    odd: float
     kl: float
     counts: Tensor  # of |m|/σ, in bins of equal width on a logarithmic axis
 
@@ -78,17 +82,31 @@ class Layer:
         return math.prod(self.shape)
 
     @property
+    def rate(self) -> float:
+        """What a step is over (ḡ+δm): lr (h0+δ)/(h+δ) with ``rescale_lr``, on average."""
+        start = self.group["hess_init"] + self.group["weight_decay"]
+        return self.group["lr"] * self.growth / (1 if self.group["rescale_lr"] else start)
+
+    @property
     def noise_to_weight(self) -> float:
         """σ over m, of root mean squares; infinite where all weights are zero."""
         return self.noise / self.weight if self.weight else math.inf
 
     @property
     def step_to_weight(self) -> float:
-        """The last step over m, likewise."""
-        return self.group["lr"] * self.step / self.weight if self.weight else math.inf
+        """The last step over θ = m + σε, of root mean squares."""
+        return self._step(self.group["lr"])
+
+    @property
+    def peak_step_to_weight(self) -> float:
+        """The same at the learning rate that a schedule began with."""
+        return self._step(self.group.get("initial_lr", self.group["lr"]))
+
+    def _step(self, lr: float) -> float:
+        return lr * self.step / math.hypot(self.weight, self.noise)
 
     def signal_to_noise(self, share: float) -> float:
-        """A quantile of |m|/σ over the weights, to within 3 % and in [1e-6, 1e6]."""
+        """A quantile of |m|/σ over the weights, in [1e-6, 1e6]."""
         return _quantile(self.counts, share)
 
     @classmethod
@@ -96,14 +114,14 @@ class Layer:
         cls, name: str, mean: Tensor, momentum: Tensor, hess: Tensor, steps: int, group: Group
     ) -> Layer:
         """From an optimizer's state."""
-        group = {k: group[k] for k in (*SETTINGS, "initial_lr") if k in group}
+        group = {k: group[k] for k in KEPT if k in group}
         group["lr"] = float(group["lr"])
-        parts = zip(*(t.flatten().split(PART) for t in (mean, momentum, hess)), strict=True)
-        found = [_sums(*part, steps=steps, **group) for part in parts]
+        size = mean.numel() if mean.is_cuda else PART
+        parts = zip(*(t.flatten().split(size) for t in (mean, momentum, hess)), strict=True)
+        found = [_sums(m, g, h, steps, group) for m, g, h in parts]
         sums = torch.stack([row for row, _ in found]).sum(0) / mean.numel()
-        weight, noise, step, started, negative, clipped, inverse, kl = sums.tolist()
+        weight, noise, step, started, growth, negative, clipped, odd, kl = sums.tolist()
         start = group["hess_init"] + group["weight_decay"]
-        scale = start if group["rescale_lr"] else 1.0
         return cls(
             name=name,
             shape=tuple(mean.shape),
@@ -111,47 +129,39 @@ class Layer:
             steps=steps,
             weight=weight**0.5,
             noise=noise**0.5,
-            step=scale * step**0.5,
+            step=step**0.5 * (start if group["rescale_lr"] else 1.0),
             started=started,
+            growth=growth,
             negative=negative,
             clipped=clipped,
-            rate=group["lr"] * scale * inverse,
+            odd=odd,
             kl=kl * mean.numel(),
             counts=torch.stack([counts for _, counts in found]).sum(0).cpu(),
         )
 
 
 def _sums(
-    mean: Tensor,
-    momentum: Tensor,
-    hess: Tensor,
-    *,
-    steps: int,
-    ess: float,
-    hess_init: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    clip_radius: float,
-    debias: bool,
-    **_: Any,
+    mean: Tensor, momentum: Tensor, hess: Tensor, steps: int, group: Group
 ) -> tuple[Tensor, Tensor]:
     """Of a part of a tensor: sums of what a layer has on average, and counts of |m|/σ."""
-    beta1, beta2 = betas
-    u = curvature(hess, hess_init=hess_init, weight_decay=weight_decay)
-    gbar = momentum / (1 - beta1**steps) if debias and steps else momentum  # (5)
-    step = (gbar + weight_decay * mean) / u if steps else torch.zeros_like(u)  # (6)
+    (beta1, beta2), xi = group["betas"], group["clip_radius"]
+    ess, start, delta = group["ess"], group["hess_init"], group["weight_decay"]
+    u = curvature(hess, hess_init=start, weight_decay=delta)
+    gbar = momentum / (1 - beta1**steps) if group["debias"] and steps else momentum  # (5)
+    step = (gbar + delta * mean) / u if steps else torch.zeros_like(u)  # (6)
     precision = ess * u
     ratio = mean.abs() * precision.sqrt()  # |m|/σ (7)
-    share = weight_decay / u  # of the prior's precision in the posterior's
+    share = delta / u  # of the prior's precision in the posterior's
     averaged = (
         mean.square(),
         1 / precision,
-        step.clamp(-clip_radius, clip_radius).square(),
-        (beta2**steps * (hess_init + weight_decay) / u).clamp(max=1),
+        step.clamp(-xi, xi).square(),
+        (beta2**steps * start / u).clamp(max=1),
+        (start + delta) / u,
         hess < 0,
-        step.abs() >= clip_radius,
-        1 / u,
-        (share - 1 - share.log() + ess * weight_decay * mean.square()) / 2,
+        step.abs() >= xi,
+        ~(mean.isfinite() & momentum.isfinite() & hess.isfinite()),
+        (share - 1 - share.log() + ess * delta * mean.square()) / 2,
     )
     first, last = DECADES
     place = ((ratio.log10() - first) * (BINS / (last - first))).nan_to_num().clamp(0, BINS - 1)
@@ -191,25 +201,25 @@ class Diagnostics:
         return total / max(self.size, 1)
 
     def signal_to_noise(self, share: float) -> float:
-        """A quantile of |m|/σ over all weights."""
-        return _quantile(sum((x.counts for x in self.layers), torch.zeros(BINS)), share)
+        """A quantile of |m|/σ over all weights, in [1e-6, 1e6]."""
+        return _quantile(torch.stack([x.counts for x in self.layers]).sum(0), share)
 
     @property
     def kl(self) -> float:
         """KL(q ‖ p) to the prior, in nats; tensors whose prior is flat do not count."""
-        found = [layer.kl for layer in self.layers if math.isfinite(layer.kl)]
-        return sum(found) if found else math.inf
+        return sum(x.kl for x in self._proper) if self._proper else math.inf
 
     @property
     def elbo(self) -> float | None:
-        """A lower bound on log evidence, in nats an example: −loss − Σ KL/λ; None without loss.
+        """−loss − Σ KL/λ, in nats an example; None without loss.
 
-        Tensors whose prior is flat do not count: to compare two, they must be the same ones.
+        Where λ is the number of examples it bounds the log evidence of each from below. Tensors
+        whose prior is flat do not count: to compare two, they must be the same ones.
         """
         if self.loss is None:
             return None
-        shares = (x.kl / x.group["ess"] for x in self.layers if math.isfinite(x.kl))
-        return -self.loss - sum(shares)
+        shares = [x.kl / x.group["ess"] for x in self._proper]
+        return -self.loss - (sum(shares) if shares else math.inf)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -217,61 +227,87 @@ class Diagnostics:
         if not self.steps:
             words = "no step has been taken yet: there is nothing to judge"
             return [Verdict("steps", 0, False, words)]
-        if odd := [x for x in self.layers if not math.isfinite(x.weight + x.noise + x.step)]:
+        if odd := [layer for layer in self.layers if layer.odd]:
             words = (
                 f"training diverged: {_names(odd)} not finite. Go back to a checkpoint, lower lr, "
                 "and bound the steps with clip_radius (try .3)"
             )
-            return [Verdict("finite", len(odd), False, words)]
-        taken = [layer for layer in self.layers if layer.steps]
-        return list(replace(self, layers=taken)._judged(len(self.layers) - len(taken)))
+            return [Verdict("not_finite", len(odd), False, words)]
+        idle = [layer for layer in self.layers if not layer.steps]
+        learning = replace(self, layers=[layer for layer in self.layers if layer.steps])
+        return [*_idle(idle), *learning._judged(), self._prior(), *self._bound()]
 
-    def _judged(self, idle: int) -> Iterator[Verdict]:
-        if idle:
-            words = f"{idle} tensors never had a gradient: freeze them, or find out why"
-            yield Verdict("idle", idle, False, words)
+    def _judged(self) -> Iterator[Verdict]:
         yield self._start()
-        if self.batch is not None:
-            yield self._scatter(self.batch)
+        if any(layer.group["rescale_lr"] for layer in self.layers):
+            yield self._growth()
+        if self.batch is not None and self._noisy:
+            yield self._scatter()
         yield self._negative()
         yield self._noise()
         yield self._signal()
         if any(layer.group["clip_radius"] < math.inf for layer in self.layers):
             yield self._clipping()
         yield self._step()
-        yield self._prior()
-        if self.elbo is not None:
-            words = f"the evidence's lower bound is {self.elbo:.4g} nats an example"
-            good = math.isfinite(self.elbo)
-            yield Verdict("elbo", self.elbo, good, words if good else f"{words}: so is the loss")
+
+    @property
+    def _matrices(self) -> Sequence[Layer]:
+        return [layer for layer in self.layers if len(layer.shape) > 1] or self.layers
+
+    @property
+    def _proper(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.group["weight_decay"] > 0]
+
+    @property
+    def _noisy(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.group["hess_approx"] == "price"]
 
     def _start(self) -> Verdict:
         share, t = self.average("started"), self.steps
-        words = f"{share:.0%} of h+δ is still hess_init"
+        words = f"{share:.0%} of h+δ is what remains of hess_init"
         if share > STARTED:
+            moved = max(x.group["betas"][1] ** x.steps for x in self.layers) < STARTED
             words = (
-                f"h has not moved: {words} after {t} steps. To train and predict that is a choice, "
-                "but what needs the curvature (sensitivity, leave_one_out, merging) has none yet: "
-                f"lower hess_init, or betas[1]; with {1 - 10 / (t + 10):.6g} h forgets its start "
-                "in so many steps"
+                f"{'h is small beside its start' if moved else 'h has not moved'}: {words} after "
+                f"{t} steps. To train and predict that is a choice, but what needs the curvature "
+                f"(sensitivity, leave_one_out, merging) has none yet: {self._cure(t)}"
             )
         return Verdict("started", share, share <= STARTED, words)
 
-    def _scatter(self, batch: int) -> Verdict:
-        """docs/hessian.md: a step's noise adds λs²/2M to h, and s² is F/B near the end."""
-        share, group = max(
-            (
-                (x.group["ess"] * (1 - x.group["betas"][1]) / (2 * batch), x.group)
-                for x in self.layers
-            ),
-            key=lambda found: found[0],
-        )
-        words = f"noise adds {share:.0%} of the squared gradients to h"
-        if share > SCATTER:
-            seen, ess = batch / (1 - group["betas"][1]), group["ess"]
+    def _cure(self, t: int) -> str:
+        """docs/hessian.md: a quarter of the steps forgets the start, 5λ/B steps average noise."""
+        cure = f"lower hess_init, or betas[1] to 1 - 1/{max(t // 4, 1):,}"
+        if self.batch is not None and self._scattered(1 - 4 / (t + 4)) > 0.1:
+            return f"{cure}; but h would be noisy then: train longer, or lower ess too"
+        return cure
+
+    def _growth(self) -> Verdict:
+        rescaled = [layer for layer in self.layers if layer.group["rescale_lr"]]
+        growth = replace(self, layers=rescaled).average("growth")
+        words = f"steps are {growth:.2g} times what they were at the start, at the same lr"
+        if growth > GROWTH:
             words += (
-                f": it remembers {seen:,.0f} examples, few beside ess = {ess:,.0f}. Raise betas[1] "
-                f"to {1 - batch / (5 * ess):.6g}, or lower ess to {seen / 5:,.0f}"
+                f", and the noise {growth**0.5:.2g} times, as h fell. Lower hess_init and lr to "
+                "where h goes, or raise betas[1], that h falls later"
+            )
+        return Verdict("growth", growth, growth <= GROWTH, words)
+
+    def _scattered(self, beta2: float | None = None) -> float:
+        """docs/hessian.md: noise adds λs²/2M to h, and s² is F/B near the end."""
+        assert self.batch is not None
+        groups = [layer.group for layer in self._noisy]
+        each = (g["ess"] * (1 - (beta2 or g["betas"][1])) / g["mc_samples"] for g in groups)
+        return max(each, default=0.0) / (2 * self.batch)
+
+    def _scatter(self) -> Verdict:
+        share = self._scattered()
+        words = f"noise adds {share:.2g} times the squared gradients to h"
+        if share > SCATTER:
+            assert self.batch is not None
+            ess = max(layer.group["ess"] for layer in self._noisy)
+            words += (
+                ", and scatters it: it remembers few examples beside ess. Raise betas[1] to "
+                f"1 - 1/{math.ceil(5 * ess / self.batch):,}, or lower ess {10 * share:.2g} times"
             )
         return Verdict("scatter", share, share <= SCATTER, words)
 
@@ -279,70 +315,87 @@ class Diagnostics:
         share = self.average("negative")
         words = f"h is below zero in {share:.0%} of the weights"
         if share > NEGATIVE:
-            words += ", which is noise: raise betas[1] or mc_samples, or lower ess"
+            words += (
+                ": noise, mostly, or negative curvature. Raise betas[1] or mc_samples, or lower ess"
+            )
         return Verdict("negative", share, share <= NEGATIVE, words)
 
     def _noise(self) -> Verdict:
-        matrices = [layer for layer in self.layers if len(layer.shape) > 1] or self.layers
-        drowned = [layer for layer in matrices if layer.noise_to_weight > NOISE]
-        most = max(layer.noise_to_weight for layer in matrices)
-        words = f"σ is at most {most:.2g} of the weights of a matrix"
-        if drowned:
-            words = (
-                f"noise drowns the weights of {_names(drowned)}: σ is {most:.2g} times their size. "
-                "Where accuracy suffers raise ess or hess_init"
-            )
-        return Verdict("noise_to_weight", most, not drowned, words)
+        def rms(what: str) -> float:
+            squares = (x.size * getattr(x, what) ** 2 for x in self._matrices)
+            return math.sqrt(sum(squares))
+
+        value = rms("noise") / max(rms("weight"), 1e-30)
+        worst = max(self._matrices, key=lambda layer: layer.noise_to_weight)
+        most = f"{worst.noise_to_weight:.2g} in {worst.name}"
+        words = f"σ is {value:.2g} times the weights of the matrices, {most}"
+        if value > NOISE:
+            words = f"noise drowns the weights: {words}. Where accuracy suffers raise {self._width}"
+        return Verdict("noise_to_weight", value, value <= NOISE, words)
+
+    @property
+    def _width(self) -> str:
+        """What sets σ: the start too, as long as h holds it."""
+        return "ess or hess_init" if self.average("started") > 0.1 else "ess"
 
     def _signal(self) -> Verdict:
         low, median, high = map(self.signal_to_noise, (0.05, 0.5, 0.95))
         words = f"|m|/σ is {median:.3g} (5 to 95 %: {low:.2g} to {high:.3g})"
         if median > POINT:
-            words += ": samples do not differ from the mean. Lower ess or hess_init"
+            words += f": samples do not differ from the mean. Lower {self._width}"
         return Verdict("signal_to_noise", median, median <= POINT, words)
 
     def _clipping(self) -> Verdict:
         share = self.average("clipped")
         words = f"clip_radius bounds the step of {share:.0%} of the weights"
         if share > CLIPPED:
-            words += ": it decides the steps, not h. Raise clip_radius or hess_init"
+            words += ": it decides the steps, not h. Raise clip_radius, and lower lr by as much"
         return Verdict("clipped", share, share <= CLIPPED, words)
 
     def _step(self) -> Verdict:
-        matrices = [layer for layer in self.layers if len(layer.shape) > 1] or self.layers
-        fastest = max(matrices, key=lambda layer: layer.step_to_weight)
+        fastest = max(self._matrices, key=lambda layer: layer.step_to_weight)
         most = fastest.step_to_weight
+        slow = max(layer.peak_step_to_weight for layer in self._matrices) < SLOW  # ends at lr = 0
         words = f"a step changes the weights of a matrix by up to {most:.2g} of their size"
-        group = fastest.group
-        at_peak = group.get("initial_lr", group["lr"]) * fastest.step  # a schedule ends at zero
-        slow = at_peak < SLOW * fastest.weight
         if most > FAST:
             words += f" ({fastest.name}): lower lr, or clip_radius"
         elif slow:
-            words += f": nothing is learnt. Raise lr; {_scale(group)}"
+            words += f": nothing is learnt. Raise lr{RESCALED * fastest.group['rescale_lr']}"
         return Verdict("step_to_weight", most, not slow and most <= FAST, words)
 
     def _prior(self) -> Verdict:
-        if math.isinf(self.kl):
+        if not self._proper:
             words = "the prior is flat, and the KL to it infinite: set weight_decay above 0"
             return Verdict("kl", self.kl, False, words)
-        flat = sum(math.isinf(layer.kl) for layer in self.layers)
+        flat = len(self.layers) - len(self._proper)
         words = f"KL to the prior: {self.kl:.4g} nats"
         return Verdict(
-            "kl", self.kl, True, words + f" ({flat} tensors have a flat one)" * bool(flat)
+            "kl", self.kl, True, words + f" ({flat} tensors have a flat one)" * (flat > 0)
         )
+
+    def _bound(self) -> Iterator[Verdict]:
+        if self.elbo is not None:
+            words = f"ELBO: {self.elbo:.4g} nats an example"
+            good = math.isfinite(self.elbo)
+            yield Verdict(
+                "elbo", self.elbo, good, words + ": so are the loss or the KL" * (not good)
+            )
 
     def scalars(self, *, layers: bool = False) -> dict[str, float]:
         """Numbers by name, for any logger; with ``layers`` those of each tensor too.
 
         Names begin with ``posterior/``; those of a tensor are ``posterior/NUMBER/TENSOR``.
+        ``posterior/good`` is 1 where no verdict is bad.
         """
         found = {f"posterior/{v.name}": v.value for v in self.verdicts}
+        found["posterior/signal_to_noise_5%"] = self.signal_to_noise(0.05)
+        found["posterior/signal_to_noise_95%"] = self.signal_to_noise(0.95)
         found["posterior/rate"] = self.average("rate")
         found["posterior/good"] = float(all(v.good for v in self.verdicts))
         for layer in self.layers if layers else ():
             for name in ("noise_to_weight", "step_to_weight", "started", "clipped", "rate"):
                 found[f"posterior/{name}/{layer.name}"] = getattr(layer, name)
+            found[f"posterior/signal_to_noise/{layer.name}"] = layer.signal_to_noise(0.5)
         return found
 
     def write(self, writer: Writer, step: int) -> None:
@@ -351,18 +404,8 @@ class Diagnostics:
             writer.add_scalar(name, value, step)
 
     def __str__(self) -> str:
-        """The table, and the verdicts: ``!`` marks what is to be changed."""
-        heads = (
-            "tensor",
-            "weights",
-            "rms m",
-            "σ/m",
-            "|m|/σ",
-            "step/m",
-            "rate",
-            "of start",
-            "clipped",
-        )
+        """The table, and the verdicts: ``!`` marks what is amiss."""
+        heads = ("tensor", "weights", "rms m", "σ/m", "|m|/σ", "step/θ", "rate", "h0", "clipped")
         rows = [heads, *(_row(layer) for layer in self.layers)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"IVON after {self.steps:,} steps, {self.size:,} weights"]
@@ -371,6 +414,9 @@ class Diagnostics:
             lines.append("  ".join((f"{first:<{widths[0]}}", *cells)))
         lines += [f"{' ' if v.good else '!'} {v.words}" for v in self.verdicts]
         return "\n".join(lines)
+
+
+RESCALED = "; with rescale_lr good values are above SGD's (.1 and more, not AdamW's .001)"
 
 
 def _row(layer: Layer) -> tuple[str, ...]:
@@ -383,10 +429,10 @@ def _row(layer: Layer) -> tuple[str, ...]:
     )
 
 
-def _scale(group: Mapping[str, Any]) -> str:
-    if group["rescale_lr"]:
-        return "with rescale_lr good values are above SGD's (.1 and more, not AdamW's .001)"
-    return "without rescale_lr it is divided by h+δ, not by h+δ over h0+δ"
+def _idle(layers: Sequence[Layer]) -> Iterator[Verdict]:
+    if layers:
+        words = f"{_names(layers)} never had a gradient: freeze what is not to learn"
+        yield Verdict("idle", len(layers), False, words)
 
 
 def _names(layers: Sequence[Layer], most: int = 3) -> str:
@@ -395,7 +441,7 @@ def _names(layers: Sequence[Layer], most: int = 3) -> str:
 
 
 def _quantile(counts: Tensor, share: float) -> float:
-    below = counts.cumsum(0) / counts.sum()
+    below = counts.cumsum(0) / counts.sum(dtype=torch.float64)
     first, last = DECADES
     place = int((below < share).sum()) + 0.5
     return 10 ** (first + place * (last - first) / BINS)

@@ -663,30 +663,17 @@ class IVON(Optimizer):
         Raises:
             ValueError: a trained parameter is not the model's.
         """
-        buffers: dict[str, Tensor] = {}
-        distributed.gathered.free()  # the model may hold whole parameters in place of its shards
-        if isinstance(model, nn.Module):
-            buffers.update(model.named_buffers())
-            named = model.named_parameters()
-        else:
-            named = model
-        names = {p: name for name, p in named}
-        mean, precision, prior, strangers = {}, {}, {}, []
+        names = self._names(model)
+        mean, precision, prior = {}, {}, {}
         for slot in self._slots():
-            if slot.param not in names:
-                strangers.append(f"{slot.number} {tuple(slot.param.shape)}")
-                continue
             name, width = names.pop(slot.param), slot.width
             ess = width.pop("ess")
             mean[name] = distributed.whole(distributed.like(self._window.mean(slot), slot.param))
             precision[name] = distributed.whole(curvature(slot.state["hess"], **width)) * ess
             prior[name] = torch.as_tensor(ess * width["weight_decay"], dtype=mean[name].dtype)
-        if strangers:
-            raise ValueError(
-                f"the model lacks parameters that the optimizer trains (number, shape): "
-                f"{', '.join(strangers[:5])}. Pass the model that it was built for."
-            )
+        buffers: dict[str, Tensor] = {}
         if isinstance(model, nn.Module):
+            buffers.update(model.named_buffers())
             buffers.update((name, p) for p, name in names.items())  # not trained
         sizes = {group["ess"] for group in self.param_groups}
         return Posterior(
@@ -698,6 +685,19 @@ class IVON(Optimizer):
             settings={"optimizer": "IVON", "groups": [groups.plain(g) for g in self.param_groups]},
         )
 
+    def _names(self, model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
+        """The names of a model's parameters, which must hold all that are trained."""
+        distributed.gathered.free()  # the model may hold whole parameters in place of its shards
+        named = model.named_parameters() if isinstance(model, nn.Module) else model
+        names = {p: name for name, p in named}
+        if strangers := [s for s in self._slots() if s.param not in names]:
+            told = ", ".join(f"{s.number} {tuple(s.param.shape)}" for s in strangers[:5])
+            raise ValueError(
+                "the model lacks parameters that the optimizer trains (number, shape): "
+                f"{told}. Pass the model that it was built for."
+            )
+        return names
+
     @torch.no_grad()
     def diagnostics(
         self,
@@ -708,13 +708,17 @@ class IVON(Optimizer):
     ) -> Diagnostics:
         """How training goes: numbers of h, the noise and the steps, and what to do about them.
 
-        It takes some tens of times as long as a step. Of sharded parameters every rank gets the
-        whole, a tensor at a time, so every rank must call this.
+        It takes longer than a step: look every hundred or so. Of sharded parameters every rank
+        gets the whole, a tensor at a time, so every rank must call this.
 
         Args:
             model: the module, or its ``named_parameters()``, for the tensors' names.
             loss: mean training loss per example at posterior samples, in nats: for the ELBO.
-            batch: examples of a step, over all ranks: to judge the noise in h.
+            batch: examples of a step, over all ranks, to judge the noise in h; times the samples
+                where each context before a step has examples of its own.
+
+        Raises:
+            ValueError: a trained parameter is not the model's.
 
         Example:
             >>> import torch
@@ -733,15 +737,14 @@ class IVON(Optimizer):
             >>> print([verdict.words for verdict in found.verdicts if not verdict.good][0][:15])
             h has not moved
         """
-        named = model.named_parameters() if isinstance(model, nn.Module) else model or ()
-        names = {p: clean_name(name) for name, p in named}
+        names = {} if model is None else self._names(model)
         layers = []
         for slot in self._slots():
             state = slot.state
             own = distributed.like(self._window.mean(slot), slot.param)
             mean, momentum, hess = map(distributed.whole, (own, state["momentum"], state["hess"]))
             if mean.numel():
-                name = names.get(slot.param, str(slot.number))
+                name = clean_name(names.get(slot.param, str(slot.number)))
                 steps = int(state["step"])
                 layers.append(Layer.of(name, mean, momentum, hess, steps, slot.group))
         return Diagnostics(layers, loss, batch)

@@ -119,7 +119,8 @@ class PosteriorCallback(Callback):
             found = leave_one_out(pl_module, self.posterior, self.left_out, **options)
             pl_module.log("leave_one_out/nll", found.nll, sync_dist=True)
         if self.diagnostics and trainer.optimizers:
-            pl_module.log_dict(_ivon(trainer).diagnostics(pl_module).scalars())
+            scalars = _ivon(trainer).diagnostics(pl_module).scalars()
+            pl_module.log_dict(scalars, sync_dist=True)
 
     def on_validation_end(self, *_: Any) -> None:
         self.posterior = None

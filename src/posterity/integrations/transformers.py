@@ -34,7 +34,7 @@ NAME = "posterior.safetensors"
 
 
 class PosteriorCallback(TrainerCallback):
-    """Saves the posterior beside every checkpoint, and adds its state to what Trainer logs.
+    """Saves the posterior beside every checkpoint, and adds diagnostics to what Trainer logs.
 
     ``checkpoint-STEP/posterior.safetensors`` is what ``Posterior.load`` reads, and so is
     ``posterior.safetensors`` in the output folder at the end: the best checkpoint's where Trainer
@@ -46,6 +46,7 @@ class PosteriorCallback(TrainerCallback):
         leave_one_out: training examples, all or a random part, as batches that have ``labels``.
             Each evaluation then also has ``eval_leave_one_out``: what
             :func:`posterity.leave_one_out` estimates of the loss without test data.
+        diagnostics: whether to log them.
         options: of :func:`posterity.leave_one_out`. ``n_train`` is λ unless it is given, and
             examples are taken one at a time, since most of these models need that.
 
@@ -54,8 +55,9 @@ class PosteriorCallback(TrainerCallback):
         Trainer(..., callbacks=[PosteriorCallback(), TensorBoardCallback()])
     """
 
-    def __init__(self, *, leave_one_out: Any = None, **options: Any):
+    def __init__(self, *, leave_one_out: Any = None, diagnostics: bool = True, **options: Any):
         self.left_out, self.options = leave_one_out, options
+        self.diagnostics = diagnostics
 
     def on_evaluate(
         self,
@@ -102,9 +104,11 @@ class PosteriorCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **given: Any,
     ) -> None:
-        if given["optimizer"] is None:  # Trainer evaluates before it has trained
+        if given["optimizer"] is None or not self.diagnostics:  # it evaluates before it has trained
             return
-        found = _ivon(given["optimizer"]).diagnostics(given["model"]).scalars()
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        about = {"batch": batch, "loss": (logs or {}).get("loss")}
+        found = _ivon(given["optimizer"]).diagnostics(given["model"], **about).scalars()
         state.log_history[-1].update(found)
         if logs is not None:
             logs.update(found)
