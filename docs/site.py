@@ -12,7 +12,7 @@ from griffe import Extension, Object
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "LICENSE", "results/README.md")
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "results/README.md")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 LITERAL = re.compile(r"^Example::\n((?:\n| {4}.*\n?)+)", re.M)
 DOCTEST = re.compile(r"^>>> (?:.+\n?)+", re.M)
