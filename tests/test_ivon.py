@@ -47,6 +47,53 @@ BF16, F64 = torch.bfloat16, torch.float64
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
+# -- in the place of SGD -------------------------------------------------------------------------
+
+
+QUIET = {"ess": 1e12, "hess_init": 1e9, "beta2": 1 - 1e-9, "seed": 0}  # no noise, and h stays
+
+
+def test_from_sgd_makes_its_steps_where_there_is_no_noise():
+    """Each group by its own settings; weight decay is decoupled, so it is left out here."""
+    ours, theirs = network(), network()
+
+    def sgd(model):
+        groups = [
+            {"params": model[0].parameters(), "momentum": 0.8},
+            {"params": model[2].parameters(), "lr": 0.02},
+        ]
+        return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+    opt, other = IVON.from_sgd(sgd(ours), **QUIET), sgd(theirs)
+    for _ in range(30):
+        context(opt, partial(backward, ours))
+        other.zero_grad()
+        backward(theirs)
+        other.step()
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_from_sgd_keeps_groups_names_and_weight_decay():
+    model = network()
+    sgd = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    opt = IVON.from_sgd(sgd, ess=100, clip_radius=0.5, beta2=0.999)
+    (group,) = opt.param_groups
+    assert group["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert group["lr"] == pytest.approx(1.0)
+    found = [group[k] for k in ("betas", "weight_decay", "ess", "clip_radius", "debias")]
+    assert found == [(0.9, 0.999), 5e-4, 100, 0.5, False]
+
+
+@pytest.mark.parametrize(
+    "odd", [{"nesterov": True}, {"maximize": True}, {"dampening": 0.1}], ids=str
+)
+def test_from_sgd_refuses_what_ivon_has_not(odd):
+    sgd = torch.optim.SGD(network().parameters(), lr=0.1, momentum=0.9, **odd)
+    with pytest.raises(ValueError, match=f"IVON has no {next(iter(odd))}"):
+        IVON.from_sgd(sgd, ess=100)
+
+
 # -- what breaks in the reference package (paper.md, section 6) ------------------------------------
 
 

@@ -147,6 +147,53 @@ class IVON(Optimizer):
         self._seeded = seed is not None
         super().__init__(params, {**settings, "draws": 0, "eval_draws": 0, "pending": 0})
 
+    @classmethod
+    def from_sgd(
+        cls,
+        sgd: torch.optim.SGD,
+        *,
+        ess: float,
+        hess_init: float = 0.5,
+        beta2: float = 0.99999,
+        **settings: Any,
+    ) -> IVON:
+        """IVON in the place of SGD: its steps, at a sample of the weights.
+
+        While h stays at ``hess_init``, as it does in tens of thousands of steps with the default
+        ``beta2``, SGD's settings carry over: with momentum μ lr becomes lr/(1−μ), for SGD adds up
+        the gradients that IVON averages, and weight decay is the same. Groups stay groups.
+
+        Args:
+            sgd: an optimizer that is built as for training without IVON; its state is not read.
+            ess: effective sample size λ: number of training examples; the loss is a batch *mean*.
+            hess_init: of .1 to 1 for training from scratch: σ is 1/√(λ h0).
+            beta2: the second of ``betas``; the first is μ.
+            settings: further ones of :class:`IVON`.
+
+        Raises:
+            ValueError: ``nesterov``, ``maximize`` or ``dampening``, which IVON has not.
+
+        Example:
+            >>> import torch
+            >>> from posterity import IVON
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> sgd = torch.optim.SGD([w], lr=0.1, momentum=0.9, weight_decay=5e-4)
+            >>> opt = IVON.from_sgd(sgd, ess=50_000)
+            >>> [round(opt.param_groups[0][k], 6) for k in ("lr", "weight_decay", "hess_init")]
+            [1.0, 0.0005, 0.5]
+        """
+        own = []
+        for group in sgd.param_groups:
+            if odd := [name for name in ("nesterov", "maximize", "dampening") if group[name]]:
+                raise ValueError(f"IVON has no {odd[0]}: build SGD without it")
+            params, momentum = group["params"], group["momentum"]
+            if "param_names" in group:
+                params = list(zip(group["param_names"], params, strict=True))
+            settings_of = {"lr": group["lr"] / (1 - momentum), "betas": (momentum, beta2)}
+            own.append({"params": params, "weight_decay": group["weight_decay"], **settings_of})
+        first = {"lr": own[0]["lr"], "ess": ess, "hess_init": hess_init, "debias": False}
+        return cls(own, **{**first, **settings})
+
     def _reset(self) -> None:
         """Make what stands beside the state."""
         self._known: dict[int, Slot] = {}
