@@ -152,7 +152,10 @@ class Tune:
         chosen = recipe(self.recipe)
         out = self.out or Path("runs/tune") / chosen.name
         found = tune.tune(chosen, self.trials, self.jobs, out)
-        runs.write_json(self.results or out / "tune.json", found)
+        path = self.results or out / "tune.json"
+        runs.write_json(path, found)
+        tune.draw(path.with_suffix(".png"), found)
+        print(f"table and picture: {path}, {path.with_suffix('.png')}")
         for optimizer in chosen.optimizers:
             best = found[optimizer]["trials"][0]
             print(f"{optimizer}: {best['settings']}, validation {best['validation']}")

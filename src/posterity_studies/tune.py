@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import LogLocator
 
-from posterity_studies import runs
+from posterity_studies import compare, runs
 from posterity_studies.recipes import Range, Recipe, UserError
+from posterity_studies.studies.pictures import label, picture
 from posterity_studies.tasks import load_task
 
 VALIDATION = 10_000  # training images held out
@@ -125,3 +128,29 @@ def _run_all(
     with ThreadPoolExecutor(jobs) as pool:
         done = list(pool.map(run, work))
     return {o: sorted((t for name, t in done if name == o), key=_nll) for o in settings}
+
+
+def draw(path: Path, found: dict[str, Any]) -> None:
+    """NLL of every trial by its lr and, of IVON, by the noise it starts with; finalists filled."""
+    tables = {o: found[o]["trials"] for o in compare.LABELS if o in found}
+    panels = [(o, "lr", "lr") for o in tables]
+    if "ivon" in tables:
+        panels.append(("ivon", "noise", "√N σ at the start, √(temperature/hess_init)"))
+    with picture(path, len(panels), (3.4, 3.2)) as drawn:
+        for panel, (optimizer, key, name) in zip(drawn, panels, strict=True):
+            for trial in tables[optimizer]:
+                given = trial["settings"]
+                if key == "noise":
+                    given = {key: (given.get("temperature", 1) / given["hess_init"]) ** 0.5}
+                fill = "C0" if trial["seeds"] > 1 else "none"
+                panel.plot(given[key], _nll(trial), "o", mfc=fill, mec="C0", ms=6)
+            label(
+                panel, compare.LABELS[optimizer], name, "validation NLL, nats" * (panel is drawn[0])
+            )
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
+        finite = [_nll(t) for table in tables.values() for t in table if _nll(t) < math.inf]
+        for panel in drawn:
+            panel.set_ylim(min(finite) - 0.005, min(max(finite), 2 * min(finite)) + 0.005)

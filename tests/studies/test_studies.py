@@ -338,6 +338,8 @@ def test_tune_keeps_the_lowest_validation_nll(environment, tmp_path, monkeypatch
     only = {"sgd": smoke.optimizers["sgd"]}
     small = replace(smoke, epochs=1, optimizers=only, search={"sgd": space})
     found = tune.tune(small, n=3, jobs=2, out=tmp_path)["sgd"]
+    tune.draw(tmp_path / "tune.png", {"sgd": found, "recipe": "smoke"})
+    assert Image.open(tmp_path / "tune.png").size > (400, 400)
     one, other, last = found["trials"]
     assert [trial["seeds"] for trial in found["trials"]] == [3, 3, 1]
     assert one["validation"]["nll"] <= other["validation"]["nll"]
