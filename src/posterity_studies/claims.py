@@ -80,7 +80,7 @@ CLAIMS: tuple[Claim, ...] = (
         "GPT-2 from scratch: lower validation perplexity than AdamW's.",
         "12.6 against 13.0 (773M), 14.1 against 14.5 (355M), 17.9 against 18.1 (125M)",
         "GPT of 3.2M weights over bytes, 43 MB of essays and a dictionary, bf16",
-        "posterity study pretraining --seeds 0 1 2 --scale gpu --jobs 12",
+        "posterity study pretraining --seeds 0 1 2 --jobs 2",
         "pretraining/result.json",
         judges.pretrained,
     ),
