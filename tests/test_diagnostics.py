@@ -84,6 +84,12 @@ def test_what_the_words_advise_cures():
     assert not bad(trained(betas=(0.9, 1 - 1 / number(told, "to 1 - 1/")))[1], batch=24)
 
 
+def test_several_samples_need_less_memory():
+    told = [bad(trained(3, ess=1e6, mc_samples=k)[1], batch=24)["scatter"] for k in (1, 4)]
+    one, four = (number(words, r"to 1 - 1/") for words in told)
+    assert one == pytest.approx(4 * four, rel=1e-4)
+
+
 def test_no_memory_is_advised_that_is_too_short_to_average():
     words = bad(trained(ess=1e6, betas=(0.9, 0.99999))[1], batch=24)["started"]
     assert words.endswith("train longer, or lower ess too")

@@ -304,7 +304,7 @@ class Diagnostics:
         words = f"noise adds {share:.2g} times the squared gradients to h"
         if share > SCATTER:
             assert self.batch is not None
-            ess = max(layer.group["ess"] for layer in self._noisy)
+            ess = max(x.group["ess"] / x.group["mc_samples"] for x in self._noisy)
             words += (
                 ", and scatters it: it remembers few examples beside ess. Raise betas[1] to "
                 f"1 - 1/{math.ceil(5 * ess / self.batch):,}, or lower ess {10 * share:.2g} times"
