@@ -171,7 +171,7 @@ def training(device: str, rounds: int) -> Rows:
         for name in names:
             opt, peer = PEERS[name].build(params), PEERS[name]
             few = max(rounds // 2, 3) if peer.slow else rounds
-            times = 5 if device == "cuda" else 1
+            times = 20 if device == "cuda" else 1
             step = partial(peer.step, opt, closure)
             found = ratio(step, least, rounds=few, device=device, repeats=times)
             if found and peaks:

@@ -1363,7 +1363,7 @@ def test_contexts_do_not_nest(outer):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("culprit", ["sampling.params_of", "ops.reference.sample"])
+@pytest.mark.parametrize("culprit", ["window.runs", "ops.reference.sample"])
 def test_a_sample_that_cannot_be_drawn_leaves_no_trace(culprit, training, monkeypatch):
     model, opt = make(fused=False)
     start = weights(model)

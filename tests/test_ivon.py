@@ -835,6 +835,50 @@ def stepped(opt, w):
     opt.step()
 
 
+def moved(t):
+    """A copy of a tensor; whoever reads or writes its old memory by address is found out."""
+    kept = t.detach().clone()
+    t.detach().fill_(torch.nan)
+    return kept
+
+
+MOVES = {
+    "a parameter's data": lambda p, _: setattr(p, "data", moved(p)),
+    **{
+        f"{name}, replaced": lambda _, state, name=name: state.update({name: moved(state[name])})
+        for name in ("momentum", "hess", "step")
+    },
+    **{
+        f"the data of {name}": lambda _, state, name=name: setattr(
+            state[name], "data", moved(state[name])
+        )
+        for name in ("momentum", "hess", "step")
+    },
+}
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["between steps", "under a sample"])
+@pytest.mark.parametrize("store_mean", [True, False])
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_memory_that_moves_is_followed(move, store_mean, live):
+    """Addresses are kept between steps: the same tensor may stand elsewhere at the next one."""
+
+    def run(move):
+        model, opt = make(store_mean=store_mean)
+        for _ in range(3):
+            opt.train()
+            if live:
+                move(p := next(model.parameters()), opt.state[p])
+            opt.zero_grad()
+            loss(model).backward()
+            opt.step()
+            if not live:
+                move(p := next(model.parameters()), opt.state[p])
+        return weights(model)
+
+    assert_same(run(move), run(lambda *_: None))
+
+
 def test_state_that_the_user_replaced_is_the_one_that_trains():
     w = torch.nn.Parameter(torch.ones(3))
     opt = IVON([w], 0.1, ess=10.0, seed=0)

@@ -455,7 +455,7 @@ def test_a_pass_that_fails_before_it_writes_changes_nothing(when, store_mean, tr
         raise MemoryError
 
     if when == "train":
-        monkeypatch.setattr(module, "_header", fail)
+        monkeypatch.setattr(module.passes, "_remembered", fail)
         with pytest.raises(MemoryError):
             opt.train()
     else:
@@ -463,7 +463,7 @@ def test_a_pass_that_fails_before_it_writes_changes_nothing(when, store_mean, tr
         w.grad = torch.ones_like(w)
         if not (when == "eval" and store_mean):  # there no pass runs
             with monkeypatch.context() as patch:
-                patch.setattr(module, "_header", fail)
+                patch.setattr(module.passes, "_remembered", fail)
                 with pytest.raises(MemoryError):
                     opt.eval() if when == "eval" else opt.step()
         opt.eval()
@@ -551,7 +551,7 @@ cases = (
 cases = [(kind, {*given, "ALIGNED"}) for kind, given in cases] + [(3, {"HELD", "MEAN"}), (4, ())]
 for kind, given in cases:
     constant = {"PASS": kind, **fixed, **{flag: flag in given for flag in flags}}
-    signature = {"header": "*i64", "rows": "*i64", "n": "i32"}
+    signature = {"header": "*i64", "rows": "*i64", "n": "i32", "draw": "i32"}
     signature |= dict.fromkeys(constant, "constexpr")
     source = triton.compiler.ASTSource(ours._passes, signature, constexprs=constant)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]

@@ -6,7 +6,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, itemgetter, ne
 from typing import Any
 
 import torch
@@ -19,20 +20,12 @@ from .diagnostics import Diagnostics, Layer
 from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
-from .sampling import (
-    Draw,
-    Slot,
-    forget_copies,
-    mean_at_rest,
-    params_of,
-    state_of,
-    touch,
-)
+from .sampling import VERSION, Draw, forget_copies, touch
+from .slots import Slot, state_of
 from .window import Window
 
-AS_IT_IS = attrgetter("requires_grad", "dtype", "device", "shape")
-MEMORY = attrgetter("dtype", "device", "shape")
-PLACE = attrgetter("dtype", "device")
+AS_IT_IS = Tensor.numel, attrgetter("dtype"), attrgetter("requires_grad")  # at its address
+HELD = itemgetter("hess", "momentum", "step")  # of the state
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
     "Wrap forward and backward pass in `with opt.sampled_params(train=True):`, or pass a closure "
@@ -248,18 +241,24 @@ class IVON(Optimizer):
         """Every trainable parameter; its state is made on first use and follows it when moved."""
         facts, slots = self._seen
         if facts != self._facts():
+            self._window.look_again()
             slots = self._look()
             self._seen = self._facts(), slots
         return slots
 
     def _facts(self) -> list[Any]:
-        """What decides the slots, by C calls alone: every step asks for it."""
+        """What decides the slots and where they are, by C calls alone: every step asks for it."""
         params = [p for group in self.param_groups for p in group["params"]]
         states = self.state.values()
-        hess, counts = ([s[name] for s in states if name in s] for name in ("hess", "step"))
-        objects = self.param_groups, params, self.state, states
-        ids = [[*map(id, every)] for every in objects]
-        return [*ids, [*map(AS_IT_IS, params)], [*map(MEMORY, hess)], [*map(PLACE, counts)]]
+        try:
+            held = [*chain.from_iterable(map(HELD, states))]
+        except KeyError:  # some state is still to be made
+            return [object()]
+        held += [s["mean"] for s in states if "mean" in s]
+        ids = [[*map(id, every)] for every in (self.param_groups, params, states, held)]
+        memory = [[*map(Tensor.data_ptr, every)] for every in (params, held)]
+        kinds = [[*map(ask, params)] for ask in AS_IT_IS]
+        return [*ids, *memory, *kinds, self._whole["fused"], self._whole["capturable"]]
 
     def _look(self) -> list[Slot]:
         known, slots, number, sharded = self._known, [], -1, False
@@ -571,33 +570,27 @@ class IVON(Optimizer):
         if scale is not None:
             factor = factor / scale
         place = {s.number: i for i, s in enumerate(slots)}
-        for implementation, run in self._window.runs(slots):
-            group, params = run[0].group, params_of(run)
+        for run in self._window.runs(slots):
+            group, params = run.group, run.params
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
             settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
-            momentum, hess, steps = (state_of(run, k) for k in ("momentum", "hess", "step"))
-            mine = [grads[place[s.number]] for s in run]
+            state = run.momentum, run.hess, run.steps
+            mine = [grads[place[n]] for n in run.numbers]
             if draw is None:
                 assert products is not None
-                means = [mean_at_rest(s) for s in run]
-                made = [products[place[s.number]] for s in run]
-                implementation.update(means, mine, made, momentum, hess, steps, **settings)
-                for p, mean in zip(params, means, strict=True):
-                    if low_precision(p):
-                        p.copy_(mean)
+                means, made = run.at_rest(), [products[place[n]] for n in run.numbers]
+                run.ops.update(means, mine, made, *state, **settings)
+                for p, mean in zip(params, means, strict=True) if run.low else ():
+                    p.copy_(mean)
             else:
-                means = draw.sources(run, params)
-                noise = draw.noise(run)
-                before = [p._version for p in params]
+                means, noise = draw.sources(run), draw.noise(run)
+                before = [*map(VERSION, params)]
                 try:
-                    implementation.step(
-                        params, means, mine, momentum, hess, steps, noise, draw.live, **settings
-                    )
+                    run.ops.step(params, means, mine, *state, noise, draw.live, **settings)
                 finally:  # after an interrupt too: what has its new mean is not restored
-                    versions = zip(run, params, before, strict=True)
-                    draw.forget([s for s, p, version in versions if p._version != version])
-            for slot in run:
+                    draw.forget(run, [*map(ne, map(VERSION, params), before)])
+            for slot in run.slots:
                 slot.state.pop("rounded", None)
             touch(run)
         forget_copies()

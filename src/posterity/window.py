@@ -12,19 +12,8 @@ from torch import Tensor
 
 from . import distributed
 from .distributed import local
-from .groups import low_precision
-from .sampling import (
-    Draw,
-    Runs,
-    Slot,
-    Spare,
-    forget_copies,
-    mean_at_rest,
-    params_of,
-    runs,
-    state_of,
-    touch,
-)
+from .sampling import Draw, forget_copies, touch
+from .slots import Run, Slot, Spare, mean_at_rest, runs
 
 MEMORY = attrgetter("shape", "device", "layout")
 SUMS = ("grad_sum", "product_sum")  # of the window's finished samples, in the state until step()
@@ -51,19 +40,27 @@ class Window:
         self.sealed: list[tuple[Tensor, Tensor | None, int]] = []
         self.aside: dict[int, Tensor] = {}  # the means, while an evaluation sample stands
         self.spare: Spare = {}
-        self._last: tuple[list[Slot], Any, Runs] = [], None, []
+        self._last: tuple[list[Slot], list[Run], list[Any]] = [], [], []
 
-    def runs(self, slots: list[Slot]) -> Runs:
-        """As :func:`runs`, of slots that fit; mostly the same ones as the last time."""
-        fused = slots[0].group["fused"] if slots else None
-        if (slots, fused) != self._last[:2]:
-            self._last = slots, fused, runs(slots)
-        return self._last[2]
+    def _known(self, slots: list[Slot]) -> tuple[list[Slot], list[Run], list[Any]]:
+        """The slots with their runs and their memory; mostly the same ones as the last time."""
+        if slots != self._last[0] or any(run.sharded for run in self._last[1]):
+            self._last = slots, runs(slots), [MEMORY(s.param) for s in slots]
+        return self._last
+
+    def runs(self, slots: list[Slot]) -> list[Run]:
+        """As :func:`runs`, of slots that fit."""
+        return self._known(slots)[1]
+
+    def look_again(self) -> None:
+        """Some memory may have moved."""
+        self._last = [], [], []
+        if self.draw is not None:
+            self.draw.parts = None
 
     def prune(self, numbers: Iterable[int]) -> None:
         """Keep memory for the means of these parameters alone."""
         self.spare = {n: self.spare[n] for n in numbers if n in self.spare}
-        self._last = [], None, []
 
     def mean(self, slot: Slot) -> Tensor:
         """The mean in the state's precision, whatever stands in the parameter."""
@@ -79,24 +76,25 @@ class Window:
             live = self.draw is not None and self.draw.live
             means = {s.number: self.mean(s).clone() for s in slots}
             standing = [
-                (p, p.clone() if live or low_precision(p) else mean)
-                for p, mean in zip(params_of(slots), means.values(), strict=True)
+                (s.values, s.values.clone() if live or s.low else mean)
+                for s, mean in zip(slots, means.values(), strict=True)
             ]
+            mine = self.runs(slots)
         self.aside = means
         try:
             with torch.no_grad():
                 forget_copies()
-                for ops, run in self.runs(slots):
-                    mine = [means[s.number] for s in run]
-                    hess, noise = state_of(run, "hess"), draw.noise(run)
-                    ops.sample(params_of(run), mine, hess, noise, **run[0].width)
-                touch(slots)
+                for run in mine:
+                    own, noise = [means[n] for n in run.numbers], draw.noise(run)
+                    run.ops.sample(run.params, own, run.hess, noise, **run.width)
+                    touch(run)
             yield
         finally:
             with torch.no_grad():
                 for p, value in standing:
                     p.copy_(value)
-                touch(slots)
+                for run in mine:
+                    touch(run)
             self.aside = {}
             forget_copies()
 
@@ -179,15 +177,13 @@ class Window:
         self._verify(int(checked))
         if (draw := self.draw) is None:
             return [], []
-        found = [(s, s.param.grad) for s in draw.slots.values()]
+        slots = [*draw.slots.values()]
+        grads = [s.param.grad for s in slots]
         if draw.way == "context":
-            found = [(s, self._held(s, grad, last)) for s, grad in found]
-        slots, grads = (
-            [s for s, g in found if g is not None],
-            [g for _, g in found if g is not None],
-        )
-        params = [s.param for s in slots]
-        if [*map(MEMORY, grads)] != [*map(MEMORY, params)]:
+            grads = [self._held(s, g, last) for s, g in zip(slots, grads, strict=True)]
+        slots = [s for s, g in zip(slots, grads, strict=True) if g is not None]
+        grads = [g for g in grads if g is not None]
+        if [*map(MEMORY, grads)] != self._known(slots)[2]:
             for slot, grad in zip(slots, grads, strict=True):
                 _check(slot, grad)
         for i, slot in enumerate(slots):
@@ -268,14 +264,13 @@ class Window:
         """Add gradients at the latest sample, and their products with θ−m, to sums."""
         assert self.draw is not None
         place = {s.number: i for i, s in enumerate(slots)}
-        for ops, run in runs(slots):
-            at = [place[s.number] for s in run]
-            mine, means = [grads[i] for i in at], [self.mean(s) for s in run]
+        for run in runs(slots):
+            at = [place[n] for n in run.numbers]
+            mine, means = [grads[i] for i in at], [self.mean(s) for s in run.slots]
             sums = [totals[i] for i in at], [products[i] for i in at]
-            hess, approx = state_of(run, "hess"), run[0].group["hess_approx"]
-            noise = self.draw.noise(run)
-            width = self.draw.width(run[0])
-            ops.accumulate(*sums, mine, means, hess, noise, approx, **width)
+            noise, width = self.draw.noise(run), self.draw.width(run.slots[0])
+            approx = run.group["hess_approx"]
+            run.ops.accumulate(*sums, mine, means, run.hess, noise, approx, **width)
 
 
 def _check(slot: Slot, grad: Tensor) -> None:

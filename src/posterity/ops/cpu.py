@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import starmap
 
@@ -68,7 +68,7 @@ class Cpu(Fused):
         rows: list[Row],
         settings: Settings,
         at: Tensor,
-        done: Callable[[Iterable[int]], None],
+        done: Callable[[Sequence[int]], None],
         steps: Tensors,
     ) -> None:
         """One call for all rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from itertools import compress, repeat
+from itertools import chain, compress, repeat
 from operator import attrgetter, or_
 from typing import Any, NamedTuple
 
@@ -49,6 +49,25 @@ class Settings(NamedTuple):
     square_scale: float = 0.0  # > 0: "gradsq"
 
 
+class Placed(list[Tensor]):
+    """Tensors in row-major memory of their own, apart from that of others, and its addresses.
+
+    For whoever takes steps over the same tensors and would see them move: to ask each of them
+    every time takes Python longer than the pass takes.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__(tensors)
+        self.at = [*map(Tensor.data_ptr, self)]
+        self.sizes = [*map(Tensor.numel, self)]
+        self.low = [LOW * (t.dtype == torch.bfloat16) for t in self]
+
+
+def placed(tensors: list[Tensor]) -> Tensors:
+    """The tensors with their addresses, where a pass can go over their own memory."""
+    return Placed(tensors) if all(map(Tensor.is_contiguous, tensors)) else tensors
+
+
 class Flat:
     """Tensors as row-major memory: their own, or a copy that :meth:`back` writes back."""
 
@@ -57,6 +76,8 @@ class Flat:
 
     def __call__(self, tensors: Tensors) -> list[int]:
         """The addresses of memory to read."""
+        if isinstance(tensors, Placed):
+            return tensors.at
         if all(map(Tensor.is_contiguous, tensors)):
             return [*map(Tensor.data_ptr, tensors)]
         flat = [t.contiguous() for t in tensors]
@@ -65,20 +86,26 @@ class Flat:
 
     def means(self, params: Tensors, means: Tensors) -> list[int]:
         """The addresses of means; 0 where the mean's place is the parameter."""
+        if means is params:
+            return [0] * len(params)
+        if isinstance(means, Placed):
+            return means.at
         apart = [m is not p for p, m in zip(params, means, strict=True)]
         found = iter(self([*compress(means, apart)]))
         return [next(found) if is_apart else 0 for is_apart in apart]
 
     def grads(self, grads: Tensors) -> tuple[list[int], list[int]]:
         """The addresses of gradients, and the flags of their dtypes."""
-        if not {*map(DTYPE, grads)} <= {*DTYPES} or any(map(Tensor.is_neg, grads)):
+        kinds = {*map(DTYPE, grads)}
+        if not kinds <= {*DTYPES} or any(map(Tensor.is_neg, grads)):
             grads = [g if g.dtype in DTYPES else g.float() for g in map(Tensor.resolve_neg, grads)]
             self.copies += ((g, g) for g in grads)
-        return self(grads), [LOW_GRAD * (g.dtype == torch.bfloat16) for g in grads]
+        if torch.bfloat16 not in kinds:
+            return self(grads), [0] * len(grads)
+        return self(grads), [LOW_GRAD * (kind is torch.bfloat16) for kind in map(DTYPE, grads)]
 
-    def back(self, written: Iterable[Tensor]) -> None:
+    def back(self, written: Tensors) -> None:
         """Write back, and tell autograd what changed, which it does not see by itself."""
-        written = list(written)
         ours = {id(t) for t in written} if self.copies else ()
         for t, flat in self.copies:
             if id(t) in ours:
@@ -102,10 +129,13 @@ def table(
     """What a pass needs to know of each tensor; addresses of 0 where it has no use for them."""
     numbers, starts = (NOTHING, NOTHING) if noise is None else (noise.numbers, noise.starts)
     addresses = param, mean, grad, *sums, momentum, hess
-    return list(zip(*addresses, map(Tensor.numel, like), numbers, starts, flags, steps))  # noqa: B905
+    sizes = like.sizes if isinstance(like, Placed) else map(Tensor.numel, like)
+    return list(zip(*addresses, sizes, numbers, starts, flags, steps))  # noqa: B905
 
 
 def _low(params: Tensors) -> list[int]:
+    if isinstance(params, Placed):
+        return params.low
     return [LOW * (p.dtype == torch.bfloat16) for p in params]
 
 
@@ -143,7 +173,7 @@ class Fused:
         rows: list[Row],
         settings: Settings,
         at: Tensor,
-        done: Callable[[Iterable[int]], None],
+        done: Callable[[Sequence[int]], None],
         steps: Tensors,
     ) -> None:
         """One pass.
@@ -169,8 +199,10 @@ class Fused:
     ) -> None:
         """One pass, which writes ``written``, lists of a tensor for each row."""
 
-        def done(which: Iterable[int]) -> None:
-            flat.back([column[i] for i in which for column in written])
+        def done(which: Sequence[int]) -> None:
+            some = len(which) < len(rows)
+            columns = [[column[i] for i in which] for column in written] if some else written
+            flat.back([*chain(*columns)])
 
         if rows:
             self.run(kind, rows, settings, written[0][0], done, steps)
@@ -296,7 +328,7 @@ class Fused:
             momentum=flat(momentum),
             hess=flat(hess),
             flags=[flag | (low or held) for flag, low, held in zip(flags, low, held, strict=True)],
-            steps=map(Tensor.data_ptr, steps),
+            steps=flat(steps),
         )
         self._update(flat, rows, steps, noise, [params, means, momentum, hess], **s)
 

@@ -1,9 +1,9 @@
 """The fused CUDA passes: all tensors of a group in one launch, nothing read back to the host.
 
 What a pass needs travels as 64-bit words, copied without waiting: a header with the settings, and a
-row for each tensor, which stays on the device while the addresses do. What is a tensor itself (the
-draw's number, a learning rate) is written into the header on the device, and step counters are read
-there, so that a CUDA graph replays their new values.
+row for each tensor. Both stay on the device while they say the same; the draw's number comes with
+the launch. What is a tensor itself (the draw's number, a learning rate) is written into the header
+on the device, and step counters are read there, so that a CUDA graph replays their new values.
 
 The arithmetic is that of ``_cpu.cpp``, the noise that of ``noise.py``; numbers in brackets are the
 paper's lines (1) to (7).
@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import reduce
 from itertools import starmap
 from operator import or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,7 +36,7 @@ from .noise import CHUNK
 DRAW, NUMBERS = 1, 3  # words of the header
 WORDS = ROW.size // 8
 MEAN, GRAD_SUM, NUMEL, START, END = 1, 3, 7, 9, 10  # words of a row
-REMEMBERED = 1024  # lists of rows whose tables stay on the device: a step has two a group
+REMEMBERED = 1024  # headers and tables that stay on the device: a step has two of both a group
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
 PAIRS = 4096 if INTERPRETED else 512  # counters of a tile; each makes two normals
 TILES = 2 if INTERPRETED else 8  # of a program
@@ -160,11 +160,12 @@ def _narrow(x, low: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "draw"])
 def _passes(
     header,
     rows,
     n,
+    draw,  # its number, less the header's
     PASS: tl.constexpr,
     LOW: tl.constexpr,  # the parameter is bfloat16
     LOW_GRAD: tl.constexpr,
@@ -195,7 +196,7 @@ def _passes(
     if ALIGNED:
         numel, start = tl.multiple_of(numel, 4), tl.multiple_of(start, 4)
     k0, k1 = _words(tl.load(header))
-    k0, k1 = _fold(k0, k1, tl.load(header + 1))
+    k0, k1 = _fold(k0, k1, tl.load(header + 1) + draw)
     k0, k1 = _fold(k0, k1, tl.load(row + 8))
     if PASS == UPDATE:
         lr, rate, rho, clip = (
@@ -300,17 +301,14 @@ def _on(device: torch.device, words: bytes) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _header(settings: Settings, device: torch.device) -> Tensor:
-    noise, numbers = settings.noise, settings[1:]
-    key, draw, sign = (0, 0, 1) if noise is None else (noise.key, noise.draw, noise.sign)
-    number = 0 if isinstance(draw, Tensor) else draw % 2**64
+def _header(words: Sequence[Any], device: torch.device) -> Tensor:
+    """The noise's key and sign and the settings, on the device."""
+    key, sign, *numbers = words
     unread = {i: x for i, x in enumerate(numbers) if isinstance(x, Tensor) and x.device == device}
     known = [0.0 if i in unread else float(x) for i, x in enumerate(numbers)]
-    header = _on(device, SETTINGS.pack(key, number, sign, *known))
+    header = _on(device, SETTINGS.pack(key, 0, sign, *known))
     for i, value in unread.items():
         header.view(torch.float64)[NUMBERS + i].copy_(value.reshape(()))
-    if isinstance(draw, Tensor):
-        header[DRAW].copy_(draw)
     return header
 
 
@@ -339,7 +337,7 @@ class Triton(Fused):
     name = "fused CUDA (Triton)"
 
     def __init__(self):
-        self._known: dict[tuple[int, Row], tuple[list[Row], list[Launch]]] = {}
+        self._known: dict[Any, Any] = {}  # what was made on a stream, and of what
 
     def restore(self, params: Tensors, means: Tensors):
         """θ → m; torch's own copy is one launch too."""
@@ -351,17 +349,27 @@ class Triton(Fused):
         rows: list[Row],
         settings: Settings,
         at: Tensor,
-        done: Callable[[Iterable[int]], None],
+        done: Callable[[Sequence[int]], None],
         steps: Tensors,
     ) -> None:
         """One launch for the rows of each kind of memory."""
-        device = at.device
-        header = _header(settings, device)
-        for launch in self._prepared(rows, device):
+        device, noise = at.device, settings.noise
+        key, draw, sign = (0, 0, 1) if noise is None else (noise.key, noise.draw, noise.sign)
+        words = key, sign, *settings[1:]
+        if isinstance(draw, Tensor) or any(isinstance(word, Tensor) for word in words):
+            header = _header(words, device)
+        else:
+            header = self._remembered(words, words, _header, device)
+        number = 0
+        if isinstance(draw, Tensor):
+            header[DRAW].copy_(draw)
+        else:
+            number = (draw + 2**63) % 2**64 - 2**63
+        for launch in self._remembered(rows[0], rows, _launches, device):
             if launch.programs:
                 with torch.cuda.device(device) if at.is_cuda else nullcontext():
                     _passes[(launch.programs,)](
-                        *(header, launch.rows, len(launch.members)),
+                        *(header, launch.rows, len(launch.members), number),
                         **launch.memory,
                         PASS=kind,
                         PRICE=settings.square_scale <= 0,
@@ -375,21 +383,20 @@ class Triton(Fused):
                 counts = [steps[i] for i in launch.members]
                 torch._foreach_add_(counts, 1 if at.is_cuda else ONE)  # pyright: ignore
 
-    def _prepared(self, rows: list[Row], device: torch.device) -> list[Launch]:
-        """The launches for these rows, and where they are remembered."""
+    def _remembered(self, name: Any, given: Any, make: Callable[..., Any], device: torch.device):
+        """What ``make`` makes of what is given; the same again while that is the same."""
         stream = 0  # memory that is let go is free for what its stream does next
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
-                return _launches(rows, device)  # a graph's memory holds nothing before its replay
+                return make(given, device)  # a graph's memory holds nothing before its replay
             stream = torch.cuda.current_stream(device).cuda_stream
-        place = stream, rows[0]
-        known, launches = self._known.get(place, (None, []))
-        if known != rows:
+        known, made = self._known.get((stream, name), (None, None))
+        if known != given:
             if len(self._known) >= REMEMBERED:
                 del self._known[next(iter(self._known))]  # the oldest
-            launches = _launches(rows, device)
-            self._known[place] = rows, launches
-        return launches
+            made = make(given, device)
+            self._known[stream, name] = given, made
+        return made
 
 
 passes = Triton()
