@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posterity import IVON
+from posterity import IVON, window
 from posterity.ops import noise, reference
 from ways import (
     LR,
@@ -835,48 +835,149 @@ def stepped(opt, w):
     opt.step()
 
 
+KEPT = []  # memory that was left: a pass that goes on there must fail a test, not crash it
+
+
 def moved(t):
-    """A copy of a tensor; whoever reads or writes its old memory by address is found out."""
-    kept = t.detach().clone()
-    t.detach().fill_(torch.nan)
-    return kept
+    """A copy of a tensor's data; whoever uses its old memory by address is found out."""
+    copy = t.detach().clone()
+    KEPT.append(t.detach().fill_(torch.nan))
+    return copy
 
 
+def another_layout(p, _):
+    """The same memory, seen otherwise, and the same values."""
+    values = p.detach().clone()
+    p.data = p.data.t().contiguous().t() if p.dim() == 2 else p.data
+    assert torch.equal(p, values)
+
+
+STATE = ("momentum", "hess", "step")
 MOVES = {
-    "a parameter's data": lambda p, _: setattr(p, "data", moved(p)),
-    **{
-        f"{name}, replaced": lambda _, state, name=name: state.update({name: moved(state[name])})
-        for name in ("momentum", "hess", "step")
-    },
-    **{
-        f"the data of {name}": lambda _, state, name=name: setattr(
-            state[name], "data", moved(state[name])
-        )
-        for name in ("momentum", "hess", "step")
-    },
+    "a parameter": lambda p, _: setattr(p, "data", moved(p)),
+    "a parameter, to columns": another_layout,
+    **{f"{n}, replaced": lambda _, s, n=n: s.update({n: moved(s[n])}) for n in STATE},
+    **{f"data of {n}": lambda _, s, n=n: setattr(s[n], "data", moved(s[n])) for n in STATE},
 }
 
 
-@pytest.mark.parametrize("live", [False, True], ids=["between steps", "under a sample"])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("when", ["at rest", "before the gradients", "before the step"])
 @pytest.mark.parametrize("store_mean", [True, False])
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_memory_that_moves_is_followed(move, store_mean, live):
+def test_memory_that_moves_is_followed(move, store_mean, when, fused):
     """Addresses are kept between steps: the same tensor may stand elsewhere at the next one."""
 
     def run(move):
-        model, opt = make(store_mean=store_mean)
+        model, opt = make(store_mean=store_mean, fused=fused)
         for _ in range(3):
             opt.train()
-            if live:
-                move(p := next(model.parameters()), opt.state[p])
-            opt.zero_grad()
-            loss(model).backward()
-            opt.step()
-            if not live:
-                move(p := next(model.parameters()), opt.state[p])
+            for at in ("before the gradients", "before the step", "at rest"):
+                if at == when:
+                    move(p := next(model.parameters()), opt.state[p])
+                if at == "before the gradients":
+                    opt.zero_grad()
+                    loss(model).backward()
+                if at == "before the step":
+                    opt.step()
         return weights(model)
 
     assert_same(run(move), run(lambda *_: None))
+
+
+def test_the_same_memory_in_another_order_is_noticed():
+    found = []
+    for fused in (None, False):
+        w = torch.nn.Parameter(torch.arange(9.0).view(3, 3).clone())
+        opt = IVON([w], 0.1, ess=1e3, seed=0, fused=fused)
+        for _ in range(3):
+            opt.train()
+            w.grad = torch.arange(9.0).view(3, 3).sqrt()
+            opt.step()
+            w.data = w.data.t()
+        found.append(w.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_master_weights_that_move_are_followed():
+    found = []
+    for move in (lambda _: None, lambda s: s.update(mean=moved(s["mean"]))):
+        model, opt = make(BF16)
+        for _ in range(3):
+            opt.train()
+            opt.zero_grad()
+            loss(model).backward()
+            opt.step()
+            move(opt.state[next(model.parameters())])
+        found.append(weights(model))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("store_mean", [True, False])
+def test_a_closure_that_moves_a_parameter_and_fails_leaves_the_mean(store_mean):
+    model, opt = make(store_mean=store_mean)
+    start, p = weights(model), next(model.parameters())
+    opt.train()
+
+    def fail():
+        p.data = moved(p)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        opt.step(fail)
+    for ours, mean in zip(weights(model), start, strict=True):
+        torch.testing.assert_close(ours, mean, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_of_another_shape_is_noticed_by_the_step_and_by_the_checkpoint():
+    for replaced in (torch.zeros(3), torch.zeros(3, 2)):
+        w = torch.nn.Parameter(torch.zeros(2, 3))
+        opt = IVON([w], 0.1, ess=10.0, seed=0)
+        with opt.sampled_params(train=True):
+            w.grad = torch.ones_like(w)
+        w.data = w.data.view(3, 2) if replaced.shape == (3, 2) else replaced
+        with pytest.raises(RuntimeError, match="its data was replaced since"):
+            opt.state_dict()
+        with pytest.raises(ValueError, match="a parameter has become"):
+            opt.step()
+
+
+def test_frozen_parameters_may_be_anything():
+    frozen = torch.nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
+    w = torch.nn.Parameter(torch.ones(3))
+    opt = IVON([frozen, w], 0.1, ess=10.0, seed=0)
+    opt.state[frozen]  # reading makes an entry
+    stepped(opt, w)
+    assert not torch.equal(w, torch.ones(3))
+
+
+def test_runs_are_made_once_whatever_the_parameters(monkeypatch):
+    """Of two dtypes, and where one has no gradient."""
+    made, ours = [], window.runs
+    monkeypatch.setattr(window, "runs", lambda slots: made.append(1) or ours(slots))
+    params = [torch.nn.Parameter(torch.ones(3, dtype=t)) for t in (BF16, torch.float32, BF16)]
+    unused = torch.nn.Parameter(torch.ones(3))
+    opt = IVON([*params, unused], 0.1, ess=10.0, seed=0)
+    for _ in range(5):
+        opt.train()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert len(made) == 2
+
+
+def test_without_a_stored_mean_no_copy_stays_in_memory():
+    w = torch.nn.Parameter(torch.ones(1000))
+    opt = IVON([w], 0.1, ess=10.0, seed=0, store_mean=False)
+    for _ in range(2):
+        for _ in range(2):
+            with opt.sampled_params(train=True):
+                w.grad = torch.ones_like(w)
+        opt.step()
+    w.grad = None
+    gc.collect()
+    large = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == w.shape]
+    assert len(large) == 2  # momentum and h
 
 
 def test_state_that_the_user_replaced_is_the_one_that_trains():

@@ -146,7 +146,7 @@ class State:
         self.grads = [g.to(param) for g in grads]
         self.hess = [(h.abs() + 0.01).to(dtype) for h in make()]
         self.momentum = [g.to(dtype) for g in make(0.1)]
-        self.steps = [torch.full((), 3.0) for _ in SIZES]
+        self.steps = [torch.full((), 3.0, device=on) for _ in SIZES]  # a GPU reads them
 
     def tensors(self):
         return {
@@ -440,6 +440,15 @@ def test_rows_are_made_once_and_anew_where_memory_moved(triton, monkeypatch):
             opt.step()
     torch.testing.assert_close(w.cpu(), plain, rtol=1e-5, atol=1e-6)
     assert len(made) == 1 + 3  # of the samples, and of the steps with each gradient
+
+
+def test_settings_are_remembered_for_each_device(triton, monkeypatch):
+    """Default streams of all devices have the same number."""
+    passes = import_module("posterity.ops.triton").passes
+    monkeypatch.setattr(passes, "_known", {})
+    devices = torch.device("cpu"), torch.device("meta")
+    made = [passes._remembered("name", "given", lambda _, on: on, d) for d in (*devices, *devices)]
+    assert made == [*devices, *devices]
 
 
 @pytest.mark.parametrize("store_mean", [True, False])

@@ -24,7 +24,7 @@ from .sampling import VERSION, Draw, forget_copies, touch
 from .slots import Slot, state_of
 from .window import Window
 
-AS_IT_IS = Tensor.numel, attrgetter("dtype"), attrgetter("requires_grad")  # at its address
+AS_IT_IS = attrgetter("shape"), attrgetter("dtype"), Tensor.is_contiguous  # at its address
 HELD = itemgetter("hess", "momentum", "step")  # of the state
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
@@ -249,15 +249,17 @@ class IVON(Optimizer):
     def _facts(self) -> list[Any]:
         """What decides the slots and where they are, by C calls alone: every step asks for it."""
         params = [p for group in self.param_groups for p in group["params"]]
-        states = self.state.values()
+        trained = [p for p in params if p.requires_grad]  # frozen ones may be anything
+        states = [state for state in self.state.values() if state]
         try:
             held = [*chain.from_iterable(map(HELD, states))]
         except KeyError:  # some state is still to be made
             return [object()]
-        held += [s["mean"] for s in states if "mean" in s]
-        ids = [[*map(id, every)] for every in (self.param_groups, params, states, held)]
-        memory = [[*map(Tensor.data_ptr, every)] for every in (params, held)]
-        kinds = [[*map(ask, params)] for ask in AS_IT_IS]
+        held += [state["mean"] for state in states if "mean" in state]
+        objects = self.param_groups, params, trained, states, held
+        ids = [[*map(id, every)] for every in objects]
+        memory = [[*map(Tensor.data_ptr, every)] for every in (trained, held)]
+        kinds = [[*map(ask, trained)] for ask in AS_IT_IS]
         return [*ids, *memory, *kinds, self._whole["fused"], self._whole["capturable"]]
 
     def _look(self) -> list[Slot]:
@@ -521,6 +523,7 @@ class IVON(Optimizer):
                     return closure()
             except BaseException:
                 with torch.no_grad():
+                    self._renew()
                     self._window.drop()
                 raise
         losses = []
@@ -632,6 +635,9 @@ class IVON(Optimizer):
         ``product_sum`` in the state, their number as ``pending`` in the groups) and a live one is
         drawn again after loading.
         """
+        if self._window.draw is not None:
+            with suppress(ValueError):  # of another shape: the window says so
+                self._slots()
         hook = self.register_state_dict_post_hook(
             lambda _, saved: checkpoint.add_window(saved, self._window), prepend=True
         )

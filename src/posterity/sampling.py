@@ -49,7 +49,7 @@ class Draw:
         """The draw's standard normals for these slots."""
         return Noise(self.seed, self.number, self.sign, run.numbers, run.params, run.pieces)
 
-    def enter(self, runs: Iterable[Run], store_mean: bool, spare: Spare) -> None:
+    def enter(self, runs: Iterable[Run], store_mean: bool, spare: Spare | None) -> None:
         """Put θ into the parameters of ``runs`` and take them up; ``spare`` holds old means."""
         forget_copies()
         self.live = True
@@ -63,7 +63,7 @@ class Draw:
             self.leave()
             raise
 
-    def _place(self, run: Run, keep: bool, spare: Spare) -> None:
+    def _place(self, run: Run, keep: bool, spare: Spare | None) -> None:
         apart = keep and not run.low
         means = run.rooms(spare) if apart else run.at_rest()
         parts, self.parts = self.parts, None
@@ -93,8 +93,8 @@ class Draw:
         if not self.live:
             return run.at_rest()
         for part, means in self.parts or ():
-            if part is run:
-                return means
+            if part.slots == run.slots:
+                return run.params if means is part.params else means
         if run.low:
             return state_of(run.slots, "mean")
         return [self.means.get(n, p) for n, p in zip(run.numbers, run.params, strict=True)]
@@ -125,9 +125,9 @@ class Draw:
         for number in compress(run.numbers, stepped) if self.slots else ():
             self.slots.pop(number, None)
             self.means.pop(number, None)
-        known = self.parts or ()
-        whole = all(stepped) and any(part is run for part, _ in known)
-        self.parts = [part for part in known if part[0] is not run] if whole else None
+        left = [part for part in self.parts or () if part[0].slots != run.slots]
+        whole = all(stepped) and len(left) < len(self.parts or ())
+        self.parts = left if whole else None
 
     def leave(self) -> None:
         """Put the mean back."""

@@ -111,8 +111,10 @@ class Run:
         """Where each lies in its whole; None where all are whole."""
         return [s.pieces for s in self.slots] if self.sharded else None
 
-    def rooms(self, spare: Spare) -> Tensors:
-        """Memory for the means, kept between steps: fresh pages cost more than the pass."""
+    def rooms(self, spare: Spare | None) -> Tensors:
+        """Memory for the means, kept between steps where there is some to spare."""
+        if spare is None:
+            return [_room({}, s) for s in self.slots]
         if self._rooms is None:
             self._rooms = placed([_room(spare, s) for s in self.slots])
         return self._rooms
@@ -142,6 +144,7 @@ def runs(slots: Iterable[Slot]) -> list[Run]:
 
 
 def _room(spare: Spare, slot: Slot) -> Tensor:
+    """Fresh pages cost more than the pass."""
     owner, room = spare.get(slot.number, (None, slot.param))
     if owner is not slot:
         p = slot.values

@@ -40,13 +40,16 @@ class Window:
         self.sealed: list[tuple[Tensor, Tensor | None, int]] = []
         self.aside: dict[int, Tensor] = {}  # the means, while an evaluation sample stands
         self.spare: Spare = {}
-        self._last: tuple[list[Slot], list[Run], list[Any]] = [], [], []
+        self._last: list[tuple[list[Slot], list[Run], list[Any]]] = []
 
     def _known(self, slots: list[Slot]) -> tuple[list[Slot], list[Run], list[Any]]:
-        """The slots with their runs and their memory; mostly the same ones as the last time."""
-        if slots != self._last[0] or any(run.sharded for run in self._last[1]):
-            self._last = slots, runs(slots), [MEMORY(s.param) for s in slots]
-        return self._last
+        """The slots with their runs and memory; mostly those drawn or stepped the last time."""
+        for known in self._last:
+            if known[0] == slots and not any(run.sharded for run in known[1]):
+                return known
+        new = slots, runs(slots), [MEMORY(s.param) for s in slots]
+        self._last = [new, *self._last[:1]]
+        return new
 
     def runs(self, slots: list[Slot]) -> list[Run]:
         """As :func:`runs`, of slots that fit."""
@@ -54,7 +57,7 @@ class Window:
 
     def look_again(self) -> None:
         """Some memory may have moved."""
-        self._last = [], [], []
+        self._last = []
         if self.draw is not None:
             self.draw.parts = None
 
@@ -110,7 +113,7 @@ class Window:
     def enter(self, slots: list[Slot], store_mean: bool) -> None:
         """Put the sample into the parameters of ``slots``."""
         assert self.draw is not None
-        self.draw.enter(self.runs(slots), store_mean, self.spare if store_mean else {})
+        self.draw.enter(self.runs(slots), store_mean, self.spare if store_mean else None)
 
     def hold(self) -> None:
         """Restore the mean and hold the sample's gradients."""

@@ -390,12 +390,13 @@ class Triton(Fused):
             if torch.cuda.is_current_stream_capturing():
                 return make(given, device)  # a graph's memory holds nothing before its replay
             stream = torch.cuda.current_stream(device).cuda_stream
-        known, made = self._known.get((stream, name), (None, None))
+        place = device, stream, name
+        known, made = self._known.get(place, (None, None))
         if known != given:
             if len(self._known) >= REMEMBERED:
                 del self._known[next(iter(self._known))]  # the oldest
             made = make(given, device)
-            self._known[stream, name] = given, made
+            self._known[place] = given, made
         return made
 
 
