@@ -34,17 +34,18 @@ LABELS = {"adamw": "AdamW", "ivon": "IVON"}
 Trials = Mapping[str, Sequence[Settings]]  # as many of each optimizer
 
 
-def trials(adamw: Sequence[tuple[float, float]], ivon: Sequence[tuple[float, float, float]]):
-    """AdamW with each lr and β2, and IVON with each lr, λ and memory.
+def trials(adamw: Sequence[tuple[float, ...]], ivon: Sequence[tuple[float, ...]]) -> Trials:
+    """AdamW with each lr, β2 and β1, and IVON with each lr, λ, memory, β1 and clip.
 
     Noise alone holds h at λg²/(2·memory), g² the gradients' mean square (docs/hessian.md), and the
     larger a tensor's gradients the shorter are its unclipped steps: with λ/memory of several
     millions the first layer's attention and the positions hardly learn, with one or less most steps
     are as long as the clip allows.
     """
-    return {
-        "adamw": [LanguageAdamw(lr=lr, beta2=beta2) for lr, beta2 in adamw],
-        "ivon": [LanguageIvon(lr=lr, ess=ess, memory=memory) for lr, ess, memory in ivon],
+    of_adamw, of_ivon = ("lr", "beta2", "beta1"), ("lr", "ess", "memory", "beta1", "clip_radius")
+    return {  # what is left out has its default
+        "adamw": [LanguageAdamw(**dict(zip(of_adamw, each, strict=False))) for each in adamw],
+        "ivon": [LanguageIvon(**dict(zip(of_ivon, each, strict=False))) for each in ivon],
     }
 
 
@@ -78,8 +79,11 @@ SCALES = {
     "desk": Scale(
         DESK,
         trials(
-            ((2e-3, 0.95), (2.5e-3, 0.95), (3e-3, 0.95), (2.5e-3, 0.99)),
-            ((300.0, 3e9, 600.0), (500.0, 3e8, 300.0), (700.0, 1e8, 250.0), (400.0, 1e8, 250.0)),
+            ((2e-3, 0.95), (2.5e-3, 0.95), (2.5e-3, 0.99), (2.5e-3, 0.95, 0.8)),
+            (
+                *((500.0, 3e8, 300.0), (500.0, 3e8, 300.0, 0.85)),
+                *((700.0, 3e8, 300.0, 0.8), (400.0, 3e8, 300.0, 0.8, 1.5e-3)),
+            ),
         ),
     ),
     "gpu": Scale(  # where a trial takes seconds: three times as many
