@@ -100,7 +100,9 @@ def loaded(path: str | Path, form: str) -> Iterator[tuple[Tensors, dict[str, Any
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         yield tensors, {name: json.loads(value) for name, value in told.items()}
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot load {path}: {error}") from error
+        raise ValueError(
+            f"cannot load {path}: {error}; it must be whole, and written by posterity"
+        ) from error
 
 
 def stored(path: str | Path, name: str) -> Tensor:

@@ -31,7 +31,7 @@ from posterity_studies.data import tokens
 from posterity_studies.merge import Merge
 from posterity_studies.predicting import Predict
 from posterity_studies.progress import bar
-from posterity_studies.recipes import Recipe, UserError, overridden, recipe
+from posterity_studies.recipes import Recipe, UserError, overridden, recipe, unknown
 from posterity_studies.sensitivity import Sensitivity
 
 Name = tyro.conf.Positional[str]
@@ -95,6 +95,8 @@ class Compare:
     def __call__(self) -> None:
         chosen = _changed(recipe(self.recipe), self.epochs, self.samples)
         out = self.out or Path("runs") / chosen.name
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError("--seeds needs one number or more, each once")
         found = compare.run_all(chosen, self.seeds, out)
         if self.results:
             for result in found:
@@ -204,11 +206,10 @@ class Pretrain:
 
     def __call__(self) -> None:
         if self.recipe not in pretrain.RECIPES:
-            known = ", ".join(pretrain.RECIPES)
-            raise UserError(f"no recipe {self.recipe!r}; there are {known}")
+            raise UserError(unknown("recipe", self.recipe, pretrain.RECIPES))
         what, settings = pretrain.RECIPES[self.recipe]
         if self.optimizer not in settings:
-            raise UserError(f"no optimizer {self.optimizer!r}; there are {', '.join(settings)}")
+            raise UserError(unknown("optimizer", self.optimizer, settings))
         given = {"steps": self.steps, "batch": self.batch, "micro": self.micro}
         given["compiled"] = self.compiled
         what = replace(what, **{k: v for k, v in given.items() if v is not None})
@@ -256,8 +257,7 @@ class Finetune:
 
     def __call__(self) -> None:
         if self.optimizer not in finetune.OPTIMIZERS:
-            known = ", ".join(finetune.OPTIMIZERS)
-            raise UserError(f"no optimizer {self.optimizer!r}; there are {known}")
+            raise UserError(unknown("optimizer", self.optimizer, finetune.OPTIMIZERS))
         settings = overridden(finetune.OPTIMIZERS[self.optimizer], self.optimizer, self.set)
         given = {"epochs": self.epochs, "batch": self.batch}
         if min(self.samples, *(v for v in given.values() if v is not None), 1) < 1:

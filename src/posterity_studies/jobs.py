@@ -47,7 +47,7 @@ class Engine:
 
     def __post_init__(self):
         if self.at_a_time < 1 or self.minutes < 1:
-            raise UserError("needs at least one job at a time, and one minute")
+            raise UserError("needs --jobs of at least 1, and at least a minute")
 
 
 HERE = Engine()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -28,6 +29,14 @@ from posterity_studies.settings import (
 
 class UserError(Exception):
     """Wrong input: its message is all that the user needs to see."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """That there is nothing of this name, and which name may be meant."""
+    known = list(known)
+    near = get_close_matches(name, known, 1)
+    told = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"no {what} {name!r}; {told}"
 
 
 class Diverged(UserError):
@@ -95,7 +104,7 @@ class Recipe:
             UserError: an unknown optimizer.
         """
         if optimizer not in self.optimizers:
-            raise UserError(f"no optimizer {optimizer!r}; there are {', '.join(self.optimizers)}")
+            raise UserError(unknown("optimizer", optimizer, self.optimizers))
         return self.optimizers[optimizer]
 
 
@@ -317,5 +326,5 @@ def recipe(name: str) -> Recipe:
         UserError: an unknown name.
     """
     if name not in RECIPES:
-        raise UserError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
+        raise UserError(unknown("recipe", name, RECIPES))
     return RECIPES[name]()

@@ -102,7 +102,10 @@ def read(path: Path, load: Callable[[Path], Any]) -> Any:
             f"{path} is missing: is {path.parent} the folder of a finished run?"
         ) from None
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): remove it, and run again "
+            "what made it"
+        ) from None
 
 
 def read_json(path: Path) -> Any:

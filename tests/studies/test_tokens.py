@@ -118,7 +118,7 @@ def test_wrong_input_gets_one_line(corpus, tmp_path, call):
         (("tokens", corpus, "--out", tmp_path / "thesis"), "is not empty"),
         (("pretrain", "nosuch", "--tokens", out), "no recipe 'nosuch'; there are gpt2"),
         (("pretrain", "gpt2", "--tokens", out, "--optimizer", "sgd"), "no optimizer 'sgd'"),
-        (("pretrain", "gpt2", "--tokens", tmp_path / "x"), "tokens.json is missing"),
+        (("pretrain", "gpt2", "--tokens", tmp_path / "x"), "holds no tokens"),
         (("pretrain", "gpt2", "--tokens", out, "--steps", 0), "at least 1"),
     ):
         done = call(*arguments)

@@ -139,8 +139,9 @@ def load(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there are none, or a file is not whole.
     """
-    facts = runs.read_json(folder / "tokens.json")
-    found = {}
+    if not (folder / "tokens.json").exists():
+        raise UserError(f"{folder} holds no tokens: prepare some with posterity tokens")
+    facts, found = runs.read_json(folder / "tokens.json"), {}
     for part in PARTS:
         path = folder / f"{part}.bin"
         if not path.exists() or path.stat().st_size != 2 * facts[part]:

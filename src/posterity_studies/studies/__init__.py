@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posterity_studies import runs
-from posterity_studies.recipes import UserError
+from posterity_studies.recipes import UserError, unknown
 from posterity_studies.train import Progress, silent
 
 # smoke: seconds, for tests, its numbers mean nothing; gpu: minutes on one; paper: the
@@ -59,7 +59,7 @@ def study(
         UserError: an unknown study, no seeds, or the folder holds a result of other seeds or scale.
     """
     if name not in STUDIES:
-        raise UserError(f"no study {name!r}; there are {', '.join(STUDIES)}")
+        raise UserError(unknown("study", name, STUDIES))
     having = {"gpu": GPU, "paper": PAPER}.get(scale)
     if having is not None and name not in having:
         raise UserError(f"{name} has no scale {scale!r}; {', '.join(having)} have")
