@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from posterity_studies import (
 )
 from posterity_studies.data import tokens
 from posterity_studies.merge import Merge
-from posterity_studies.predicting import Predict
+from posterity_studies.predicting import Json, Predict
 from posterity_studies.progress import bar
 from posterity_studies.recipes import Recipe, UserError, overridden, recipe, unknown
 from posterity_studies.sensitivity import Sensitivity
@@ -60,6 +61,8 @@ class Train:
     """Settings of the optimizer, as KEY=NUMBER: --set lr=0.3 hess_init=0.05."""
     quiet: bool = False
     """Print nothing but errors and the progress bar."""
+    as_json: Json = False
+    """Print what result.json holds instead of a table."""
 
     def __call__(self) -> None:
         chosen = _changed(recipe(self.recipe), self.epochs, self.samples)
@@ -69,7 +72,9 @@ class Train:
         with ranks.joined():
             result = train.train(chosen, self.optimizer, self.seed, out, bar)
             first = ranks.first()
-        if first and not self.quiet:
+        if first and self.as_json:
+            print(json.dumps(result))
+        elif first and not self.quiet:
             compare.show([result])
             for verdict in result.get("diagnostics", ()):  # runs of earlier versions have none
                 if not verdict["good"]:
@@ -91,6 +96,8 @@ class Compare:
     """Posterior samples at test time."""
     results: Path | None = None
     """Folder for copies of the result files, to be committed."""
+    as_json: Json = False
+    """Print a list of what the runs' result.json hold instead of a table."""
 
     def __call__(self) -> None:
         chosen = _changed(recipe(self.recipe), self.epochs, self.samples)
@@ -102,8 +109,11 @@ class Compare:
             for result in found:
                 name = f"{result['settings']['optimizer']}-seed{result['seed']}.json"
                 runs.write_json(self.results / name, result)
-        compare.show(found)
         report = compare.write_report(chosen, [r for r in found if r["seed"] == self.seeds[0]], out)
+        if self.as_json:
+            print(json.dumps(found))
+            return
+        compare.show(found)
         print(f"report: {report.resolve()}")
 
 
@@ -115,23 +125,28 @@ class Evaluate:
     """Folder of a run."""
     samples: int = 64
     """Posterior samples; 0 evaluates at the mean."""
+    as_json: Json = False
+    """Print the measures as JSON instead of a table."""
 
     def __call__(self) -> None:
         result, model, posterior = runs.load_sampled(self.run, self.samples)
         chosen = runs.recipe_of(result)
         task = tasks.load(chosen)
         found = train.evaluate(model, posterior, task.test, task.ood, self.samples, bar)
+        samples = self.samples if posterior else 0
+        kept = {"samples": samples, **{k: v for k, v in found.items() if isinstance(v, float)}}
+        runs.write_json(self.run / f"evaluation-{samples}.json", kept)
+        if self.as_json:
+            print(json.dumps(kept))
+            return
         drawn = Table(
-            title=f"{self.run}: " + (f"{self.samples} samples" if posterior else "at the mean"),
+            title=f"{self.run}: " + (f"{samples} samples" if posterior else "at the mean"),
             title_justify="left",
         )
         for metric, (heading, form, _) in compare.COLUMNS.items():
             if metric in found:
                 drawn.add_row(heading, form.format(found[metric]))
         Console().print(drawn)
-        kept = {k: v for k, v in found.items() if isinstance(v, float)}
-        name = f"evaluation-{self.samples if posterior else 0}.json"
-        runs.write_json(self.run / name, {"samples": self.samples if posterior else 0, **kept})
 
 
 @dataclass
@@ -301,6 +316,8 @@ class Study:
     """List the questions, as without a name."""
     report: bool = False
     """Set the paper's claims beside the results under --results (default results), as a page."""
+    as_json: Json = False
+    """Print what result.json holds, or the list of claims, instead of a table."""
 
     def __call__(self) -> None:
         if self.report:
@@ -317,6 +334,9 @@ class Study:
             found = studies.study(self.name, out, self.seeds, self.scale, bar)
         if self.results:
             self._keep(found, out, self.results)
+        if self.as_json:
+            print(json.dumps(found))
+            return
         drawn = Table(title=f"{self.name}, {self.scale}: {out}", title_justify="left")
         for heading in dict.fromkeys(key for row in found["rows"] for key in row):
             drawn.add_column(heading, justify="left" if heading == "method" else "right")
@@ -353,9 +373,16 @@ class Study:
         for judged in found:
             if judged.scale == "desk":
                 drawn.add_row(judged.claim.text, judged.status, judged.ours)
-        Console().print(drawn)
         out = self.out or Path("runs/studies/report.html")
         report.write_claims(out, found, runs.provenance("the result files' own", "theirs"))
+        if self.as_json:
+            shown = ("where", "text", "paper", "command")
+            told = [{k: getattr(j.claim, k) for k in shown} for j in found]
+            for row, j in zip(told, found, strict=True):
+                row |= {"scale": j.scale, "status": j.status, "ours": j.ours}
+            print(json.dumps(told))
+            return
+        Console().print(drawn)
         print(f"report: {out.resolve()}")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -20,6 +21,8 @@ from posterity_studies.recipes import UserError
 from posterity_studies.tasks import load_task
 from posterity_studies.train import EVAL_BATCH
 
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+
 
 @dataclass
 class Predict:
@@ -34,6 +37,8 @@ class Predict:
     abstain_at: float | None = None
     """Answer only so surely that, of images like the test set's, at most this share of the answers
     is wrong (with 95 % certainty)."""
+    as_json: Json = False
+    """Print a list of the images with all probabilities instead of a table."""
 
     def __call__(self) -> None:
         if not self.images:
@@ -45,23 +50,31 @@ class Predict:
         pixels = torch.stack([data.read_image(path, known.colour) for path in self.images])
         found = predict(model, posterior, known.normalise(pixels), samples=self.samples)
         rule = self._rule(result, model, posterior) if self.abstain_at is not None else None
+        told = []
+        for path, probs, entropy, information in zip(
+            self.images, found.probs, found.entropy, found.mutual_information, strict=True
+        ):
+            classes = dict(zip(known.class_names, probs.tolist(), strict=True))
+            told.append({"image": str(path), "probs": classes})
+            told[-1] |= {"entropy": float(entropy), "mutual_information": float(information)}
+            if rule:
+                best = max(classes, key=classes.__getitem__)
+                told[-1]["answer"] = best if classes[best] > rule.threshold else None
+        if self.as_json:
+            print(json.dumps(told))
+            return
         drawn = Table(title_justify="left")
         for heading in ("image", "most probable classes", "entropy", "mutual information"):
             drawn.add_column(heading)
         if rule:
             drawn.add_column("answer")
-        for path, probs, entropy, information in zip(
-            self.images, found.probs, found.entropy, found.mutual_information, strict=True
-        ):
-            top = probs.topk(3)
-            classes = ", ".join(
-                f"{known.class_names[i]} {p:.1%}"
-                for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            )
-            row = [path.name, classes, f"{entropy:.3f}", f"{information:.3f}"]
+        for each in told:
+            top = sorted(each["probs"].items(), key=lambda item: -item[1])[:3]
+            classes = ", ".join(f"{name} {p:.1%}" for name, p in top)
+            row = [Path(each["image"]).name, classes]
+            row += [f"{each[measure]:.3f}" for measure in ("entropy", "mutual_information")]
             if rule:
-                sure = float(top.values[0]) > rule.threshold
-                row.append(known.class_names[int(top.indices[0])] if sure else "abstains")
+                row.append(each["answer"] or "abstains")
             drawn.add_row(*row)
         Console().print(drawn)
         if rule:

@@ -49,6 +49,38 @@ def one_line(done):
     return done.stderr
 
 
+def test_json_is_all_that_is_printed(call, run, environment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(run, tmp_path / "run")
+    image = tmp_path / "shoe.png"
+    Image.new("L", (28, 28)).save(image)
+    smoke = ("smoke", "--out", tmp_path / "new")
+
+    def told(*arguments):
+        done = call(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    one = told("train", *smoke)
+    assert one == runs.read_json(tmp_path / "new" / "result.json")
+    assert told("train", *smoke) == one  # finished
+    (measures, again) = (told("evaluate", run, "--samples", n) for n in (4, 4))
+    assert measures == again == runs.read_json(run / "evaluation-4.json")
+    assert 0 <= measures["accuracy"] <= 1
+    (seen,) = told("predict", run, image)
+    assert sum(seen["probs"].values()) == pytest.approx(1, abs=1e-5)
+    assert seen["image"] == str(image)
+    assert seen.keys() == {"image", "probs", "entropy", "mutual_information"}
+    done = posterity(environment, "compare", "smoke", "--out", tmp_path / "three", "--json")
+    three = json.loads(done.stdout)
+    assert [r["settings"]["optimizer"] for r in three] == ["adamw", "sgd", "ivon"]
+    found = told("study", "gap", "--scale", "smoke", "--out", tmp_path / "gap")
+    assert found == runs.read_json(tmp_path / "gap" / "result.json")
+    (tmp_path / "results").mkdir()
+    claims = told("study", "--report")
+    assert {c["status"] for c in claims} == {"not yet run"}
+
+
 def test_run_folder_holds_what_it_should(run):
     assert {p.name for p in run.iterdir()} == {
         *("config.json", "metrics.jsonl", "model.safetensors", "posterior.safetensors"),
@@ -290,6 +322,8 @@ def test_predict_abstains_where_the_promised_risk_asks_for_it(run, call, tmp_pat
         assert f"above {rule.threshold:.4f}: 50.0% of the test images, 0 of these 50" in done.stdout
         answered = "abstains" not in done.stdout
         assert answered == (float(mine.max()) > rule.threshold)
+        done = call(*done.args, "--json")
+        assert (json.loads(done.stdout)[0]["answer"] is not None) == answered
     assert "it takes" in one_line(
         call("predict", copy, tmp_path / "a.png", "--samples", 4, "--abstain-at", 0.001)
     )
