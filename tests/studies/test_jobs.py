@@ -96,7 +96,7 @@ def test_jobs_are_submitted(work):
 def test_wrong_engines_say_so(call, tmp_path, monkeypatch):
     done = call("study", "in-domain", "--scale", "smoke", "--jobs", "0", "--out", tmp_path / "x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "at least one job" in done.stderr
+    assert "--jobs of at least 1" in done.stderr
     monkeypatch.setitem(__import__("sys").modules, "submitit", None)
     done = call("study", "in-domain", "--scale", "smoke", "--slurm", "gpu", "--out", tmp_path / "x")
     assert done.stderr == "posterity: error: Slurm needs submitit: pip install submitit\n"

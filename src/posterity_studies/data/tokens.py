@@ -108,8 +108,8 @@ def prepare(corpus: str, folder: Path, progress: Progress = silent) -> dict[str,
     state = {"corpus": corpus, "documents": 0, **dict.fromkeys(PARTS, 0)}
     if saved.exists() and (state := runs.read_json(saved))["corpus"] != corpus:
         raise UserError(f"{folder} holds the tokens of {state['corpus']}: choose another --out")
-    tokenizer = bpe()
     every, total, is_held = documents(corpus)
+    tokenizer = bpe()
     left = islice(every, state["documents"], None)
     runs.write_json(saved, state)
     with ExitStack() as stack:
