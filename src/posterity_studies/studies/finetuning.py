@@ -36,7 +36,7 @@ ENCODERS: Trials = {
 }
 ADAPTERS: Trials = {
     "adamw": [FinetuneAdamw(lr, 0.0) for lr in (2e-4, 1e-3)],
-    "ivon": [FinetuneIvon(lr, weight_decay=0.0) for lr in (0.03, 0.1)],
+    "ivon": [FinetuneIvon(lr, weight_decay=0.0) for lr in (0.3, 1.0)],
 }
 LARGE: Trials = {
     "adamw": [FinetuneAdamw(lr) for lr in (5e-6, 1e-5, 2e-5, 3e-5)],
