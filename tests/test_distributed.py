@@ -115,6 +115,7 @@ def test_per_rank_without_its_hook_or_reduced_twice_says_what_to_do(tmp_path):
 FSDP = [
     (2, {}, {}),
     (2, {"how": {"way": "train"}}, {}),
+    (2, {"hess_init": "auto"}, {"hess_init": "auto"}),  # of the whole weights
     (2, {"store_mean": False}, {"store_mean": False}),
     (2, {"fused": False}, {"fused": False}),
     (2, {"offload": True}, {}),  # here from a CPU to itself

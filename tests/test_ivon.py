@@ -94,6 +94,45 @@ def test_from_sgd_refuses_what_ivon_has_not(odd):
         IVON.from_sgd(sgd, ess=100)
 
 
+# -- hess_init="auto" ----------------------------------------------------------------------------
+
+
+def test_auto_noise_begins_at_a_tenth_of_a_typical_weight():
+    """In every group, whatever its λ and δ. Vectors, zeros and frozen weights are not typical."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    nn.init.zeros_(model[2].weight)
+    model[3].requires_grad_(False)
+    groups = [
+        {"params": model[0].parameters(), "ess": 50.0},
+        {"params": model[1:].parameters(), "ess": 500.0, "weight_decay": 0.3},
+    ]
+    opt = IVON(groups, lr=0.1, ess=1.0, hess_init="auto", seed=0)
+    sizes = [float(model[k].weight.detach().double().square().mean().sqrt()) for k in (0, 1)]
+    std = opt.posterior(model).std()
+    width = 0.1 * math.sqrt(sizes[0] * sizes[1])
+    for name, values in std.items():
+        torch.testing.assert_close(values, torch.full_like(values, width), msg=name)
+    found = [group["hess_init"] for group in opt.param_groups]
+    assert found == pytest.approx([1 / (50 * width**2) - 1e-4, 1 / (500 * width**2) - 0.3])
+
+
+def test_auto_is_a_number_in_checkpoints():
+    model, opt = make(hess_init="auto")
+    context(opt, partial(backward, model))
+    _, its = make(hess_init="auto")
+    its.load_state_dict(through_bytes(opt.state_dict()))
+    assert its.param_groups[0]["hess_init"] == opt.param_groups[0]["hess_init"] != "auto"
+
+
+def test_auto_needs_weights():
+    zeros = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.empty(0, 2))]
+    opt = IVON(zeros, lr=0.1, ess=10, hess_init="auto")
+    with pytest.raises(ValueError, match="not all zero"):
+        opt.train()
+    with pytest.raises(ValueError, match='hess_init "auto"'):
+        IVON(zeros, lr=0.1, ess=10, hess_init="best")
+
+
 # -- what breaks in the reference package (paper.md, section 6) ------------------------------------
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ FIXED = (  # of the optimizer: the same in every group
     *("mc_samples", "antithetic", "fused", "store_mean", "samples", "capturable", "seed"),
 )
 WHOLE = (*FIXED, *COUNTERS)  # in every group, for distributed checkpoints keep nothing else
+SHARE = 0.1  # of a typical weight: the σ that hess_init="auto" begins with
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,6 +41,22 @@ def state_dtype(p: Tensor) -> torch.dtype:
 def counter_device(p: Tensor, group: Group) -> torch.device:
     """Where a parameter's count of steps is: on a GPU the passes read it there."""
     return p.device if p.is_cuda or group["capturable"] else torch.device("cpu")
+
+
+def typical_size(params: Iterable[Tensor]) -> float:
+    """The root mean square of a weight, its geometric mean over matrices; every rank calls this.
+
+    Vectors count where there is nothing else, and what is zero (as half of LoRA is) does not.
+
+    Raises:
+        ValueError: all weights are zero, or one is not finite.
+    """
+    sums = [(p, distributed.whole(p.detach().double().square().sum())) for p in params]
+    known = [(p.dim() > 1, math.sqrt(float(q) / p.numel())) for p, q in sums if q]
+    chosen = [size for matrix, size in known if matrix] or [size for _, size in known]
+    if not chosen or not all(map(math.isfinite, chosen)):
+        raise ValueError('hess_init="auto" needs weights that are not all zero, and finite')
+    return math.exp(fmean(map(math.log, chosen)))
 
 
 def share_counters(groups: list[Group]) -> None:
@@ -81,14 +100,17 @@ def check(group: Group) -> None:
     """Raise ValueError for a setting out of its range or a parameter that cannot be trained."""
     beta1, beta2 = group["betas"]
     scale = 1 if group["hess_approx"] == "price" else group["gradsq_scale"] or 0
+    hess_init = group["hess_init"]
+    if isinstance(hess_init, str):
+        hess_init = 1 if hess_init == "auto" else math.nan
     rules = {
         "a finite lr >= 0": 0 <= group["lr"] < math.inf,
         "a finite ess > 0": 0 < group["ess"] < math.inf,
-        "a finite hess_init >= 0": 0 <= group["hess_init"] < math.inf,
+        'a finite hess_init >= 0, or hess_init "auto"': 0 <= hess_init < math.inf,
         "0 <= betas[0] < 1": 0 <= beta1 < 1,
         "0 <= betas[1] < 1": 0 <= beta2 < 1,
         "a finite weight_decay >= 0": 0 <= group["weight_decay"] < math.inf,
-        "hess_init + weight_decay > 0": group["hess_init"] + group["weight_decay"] > 0,
+        "hess_init + weight_decay > 0": hess_init + group["weight_decay"] > 0,
         "clip_radius > 0": group["clip_radius"] > 0,
         "0 <= seed < 2**63": 0 <= group["seed"] < 2**63,
         "a whole mc_samples >= 1": group["mc_samples"] >= 1 and group["mc_samples"] % 1 == 0,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain
 from operator import attrgetter, itemgetter, ne
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,10 @@ class IVON(Optimizer):
             debias.
         lr: learning rate α, a float or a tensor. With ``rescale_lr`` good values are above SGD's.
         ess: effective sample size λ: number of training examples; the loss is a batch *mean*.
-        hess_init: initial Hessian h0. Small is noisy, large nearly deterministic.
+        hess_init: initial Hessian h0. Small is noisy, large nearly deterministic. "auto" looks at
+            the weights before the first sample: σ is then a tenth of a typical one, which is their
+            root mean square, its geometric mean over all matrices that are trained; less where the
+            prior alone is narrower.
         betas: decay of momentum and Hessian; .9999 for the latter suits short runs.
         weight_decay: prior precision over λ, δ. At 0 the prior is flat.
         mc_samples: samples drawn by ``step(closure)``.
@@ -117,7 +120,7 @@ class IVON(Optimizer):
         lr: float | Tensor,
         *,
         ess: float,
-        hess_init: float = 1.0,
+        hess_init: float | Literal["auto"] = 1.0,
         betas: tuple[float, float] = (0.9, 0.99999),
         weight_decay: float = 1e-4,
         mc_samples: int = 1,
@@ -288,6 +291,11 @@ class IVON(Optimizer):
     def _state(self, p: Tensor, group: Group) -> dict[str, Any]:
         if not self.state.get(p):
             groups.check_trainable(p, group)
+            if group["hess_init"] == "auto":
+                trained = (q for g in self.param_groups for q in g["params"] if q.requires_grad)
+                width = groups.SHARE * groups.typical_size(trained)
+                start = 1 / (float(group["ess"]) * width**2) - group["weight_decay"]
+                group["hess_init"] = max(start, 0.0)
         state, dtype = self.state[p], groups.state_dtype(p)
         on = groups.counter_device(p, group)
         if not state:
