@@ -109,12 +109,32 @@ class Compare:
             for result in found:
                 name = f"{result['settings']['optimizer']}-seed{result['seed']}.json"
                 runs.write_json(self.results / name, result)
-        report = compare.write_report(chosen, [r for r in found if r["seed"] == self.seeds[0]], out)
+        folders = [compare.run_folder(out, o, self.seeds[0]) for o in chosen.optimizers]
+        report = compare.write_report(folders, out / "report.html")
         if self.as_json:
             print(json.dumps(found))
             return
         compare.show(found)
         print(f"report: {report.resolve()}")
+
+
+@dataclass
+class Report:
+    """Write the HTML report of one finished run, or of several on the same images.
+
+    Scores, curves, calibration, what is unknown, the posterior layer by layer, and a gallery.
+    """
+
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs of `train` or `compare`."""
+    out: Path | None = None
+    """The page; default report.html in the first folder."""
+
+    def __call__(self) -> None:
+        if not self.run:
+            raise UserError("report needs the folder of a finished run, or of several")
+        path = self.out or self.run[0] / "report.html"
+        print(f"report: {compare.write_report(self.run, path).resolve()}")
 
 
 @dataclass
@@ -396,6 +416,7 @@ def main() -> None:
     commands = {
         "train": Train,
         "compare": Compare,
+        "report": Report,
         "evaluate": Evaluate,
         "predict": Predict,
         "tune": Tune,

@@ -13,9 +13,11 @@ import numpy
 from rich.console import Console
 from rich.table import Table
 
+from posterity import Posterior
 from posterity_studies import runs
 from posterity_studies.recipes import Recipe, UserError
 from posterity_studies.report import Entry, write_comparison
+from posterity_studies.report.layers import layers
 from posterity_studies.tasks import load_task
 from posterity_studies.train import finished
 
@@ -126,36 +128,65 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return drawn
 
 
-def write_report(recipe: Recipe, results: Sequence[dict[str, Any]], out: Path) -> Path:
-    """The HTML report of one seed's runs."""
-    task = load_task(recipe)
-    entries, curves_shown = [], set()
-    for label, optimizer, evaluation in rows(results):
-        result = next(r for r in results if r["settings"]["optimizer"] == optimizer)
-        folder = run_folder(out, optimizer, result["seed"])
-        saved = runs.read_tensors(folder / "predictions.safetensors")
-        row = values([result], optimizer, evaluation)
-        entries.append(
-            Entry(
-                label=label,
-                metrics={metric: each[0] for metric, each in row.items()},
-                curve={} if optimizer in curves_shown else result["curve"],
-                probs=saved[f"{evaluation}.probs"],
-                ood_probs=saved[f"{evaluation}.ood_probs"],
-            )
-        )
-        curves_shown.add(optimizer)
+def write_report(folders: Sequence[Path], path: Path) -> Path:
+    """The HTML report of finished runs on the same images.
+
+    Raises:
+        UserError: a folder holds no finished run, runs are of other images, or were scored without
+            unknown ones.
+    """
+    found = [runs.read_json(folder / "result.json") for folder in folders]
+    first = found[0]
+    for folder, result in zip(folders, found, strict=True):
+        for key in ("data", "ood", "validation"):
+            if result.get(key) != first.get(key):
+                raise UserError(
+                    f"{folder} has {key} {result.get(key)}, {folders[0]} {first.get(key)}: one "
+                    "report is of runs that were scored on the same images"
+                )
+    if not first.get("ood") or first["validation"]:
+        raise UserError(f"{folders[0]} was scored without unknown images, which a report shows")
+    optimizers: list[str] = [result["settings"]["optimizer"] for result in found]
+    names = [LABELS.get(o, o) for o in optimizers]
+    if len(set(names)) < len(names):
+        names = [folder.name for folder in folders]
+    entries = [
+        entry
+        for name, result, folder in zip(names, found, folders, strict=True)
+        for entry in _entries(name, result, folder)
+    ]
+    task = load_task(runs.recipe_of(first))
     return write_comparison(
-        out / "report.html",
-        title=f"{' · '.join(LABELS[o] for o in recipe.optimizers)} on {recipe.data}",
+        path,
+        title=f"{' · '.join(names)} on {first['data']}",
         entries=entries,
         targets=task.test[1],
         class_names=task.class_names,
         images=task.images,
-        provenance=results[-1]["provenance"],
-        ood_name=recipe.ood,
-        data_name=recipe.data,
+        provenance=found[-1]["provenance"],
+        ood_name=first["ood"],
+        data_name=first["data"],
     )
+
+
+def _entries(name: str, result: dict[str, Any], folder: Path) -> Iterator[Entry]:
+    """A run's rows of a report: at the mean, and averaged over samples."""
+    saved = runs.read_tensors(folder / "predictions.safetensors")
+    for label, optimizer, evaluation in rows([result]):
+        row = values([result], optimizer, evaluation)
+        found = ()
+        if evaluation == "samples":
+            _, model, posterior = runs.load(folder)
+            if isinstance(posterior, Posterior):
+                found = layers(posterior, [n for n, _ in model.named_parameters()])
+        yield Entry(
+            label=label.replace(LABELS.get(optimizer, optimizer), name, 1),
+            metrics={metric: each[0] for metric, each in row.items()},
+            curve=result["curve"] if evaluation == "mean" else {},
+            probs=saved[f"{evaluation}.probs"],
+            ood_probs=saved[f"{evaluation}.ood_probs"],
+            layers=found,
+        )
 
 
 def show(results: Sequence[dict[str, Any]]) -> None:

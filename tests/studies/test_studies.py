@@ -363,6 +363,20 @@ def test_compare_prints_a_table_and_writes_a_report(environment, call, tmp_path)
     assert "1000000000" in text  # the mean over seeds
 
 
+def test_report_is_of_one_run_or_of_several(call, run, tmp_path):
+    done = call("report", run)
+    assert done.stdout == f"report: {run / 'report.html'}\n", done.stderr
+    page = (run / "report.html").read_text()
+    assert "IVON on fashion-mnist" in page
+    assert "The posterior of IVON, 4 samples, layer by layer" in page
+    other = shutil.copytree(run, tmp_path / "other")
+    assert call("report", run, other, "--out", tmp_path / "both.html").returncode == 0
+    both = (tmp_path / "both.html").read_text()
+    assert f"{run.name} · other on fashion-mnist" in both
+    assert "other at the mean" in both
+    (run / "report.html").unlink()
+
+
 def test_tune_keeps_the_lowest_validation_nll(environment, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
     monkeypatch.setattr(tune, "VALIDATION", 100)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from posterity_studies.report.layers import Layer
+
 
 @dataclass(frozen=True)
 class Entry:
     """One row: metrics as fractions or natural units, `probs` (n, C) and `ood_probs` (m, C).
 
     `curve` maps epoch, train_loss, test_nll and test_accuracy to lists of equal length; leave it
-    empty where the row shares another row's training.
+    empty where the row shares another row's training. `layers` are of a row with a posterior.
     """
 
     label: str
@@ -21,6 +23,7 @@ class Entry:
     curve: dict[str, list[float]]
     probs: torch.Tensor
     ood_probs: torch.Tensor
+    layers: Sequence[Layer] = ()
 
 
 def check(

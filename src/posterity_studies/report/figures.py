@@ -63,6 +63,51 @@ def training_curves(name: str, curves: Sequence[tuple[int, list[float], list[flo
     return drawn[0]
 
 
+def risk_curves(name: str, curves: Sequence[tuple[int, list[float], list[float]]]) -> Markup:
+    """Error over the share of answers given, one line per (series index, shares, errors)."""
+    with _figure(520, 230, name) as (figure, drawn):
+        axes = _axes(figure, 36, 36, 462, 174, "errors among them")
+        for index, shares, errors in curves:
+            dashes = tuple(map(int, DASHES[index % len(DASHES)].split()))
+            style = (0, dashes) if dashes else "-"
+            axes.plot(shares, errors, color=series(index), ls=style)
+        axes.set(xlim=(0, 1), xticks=TICKS, xlabel="share of images that are answered")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _percent(axes.xaxis, axes.yaxis)
+    return drawn[0]
+
+
+def strip(low: float, high: float, quantiles: Sequence[float], mark: float) -> Markup:
+    """Five quantiles on the axis low to high: a line, its middle half thick, the median a dot.
+
+    A thin upright line stands at ``mark``.
+    """
+
+    def at(value: float) -> float:
+        return 2 + 188 * min(max((value - low) / (high - low), 0), 1)
+
+    q = [f"{at(value):.1f}" for value in quantiles]
+    ink = 'stroke="var(--series-0)" stroke-width'
+    return Markup(
+        f'<svg class="strip" viewBox="0 0 192 16" aria-hidden="true">'
+        f'<path d="M{at(mark):.1f} 0V16" stroke="var(--muted)" stroke-dasharray="2 2"/>'
+        f'<path d="M{q[0]} 8H{q[4]}" {ink}="1.5"/><path d="M{q[1]} 8H{q[3]}" {ink}="5"/>'
+        f'<circle cx="{q[2]}" cy="8" r="3.5" fill="var(--card)" {ink}="2"/></svg>'
+    )
+
+
+def strip_axis(low: int, high: int) -> Markup:
+    """The decades above strips of decimal logarithms."""
+    step = -(-(high - low) // 4)
+    marks = "".join(
+        f'<text x="{2 + 188 * (k - low) / (high - low):.1f}" y="12" text-anchor="'
+        f'{"start" if k == low else "end" if k == high else "middle"}">{10.0**k:g}</text>'
+        for k in range(low, high + 1, step)
+    )
+    return Markup(f'<svg class="strip" viewBox="0 0 192 16" aria-hidden="true">{marks}</svg>')
+
+
 def reliability_diagram(
     name: str,
     index: int,

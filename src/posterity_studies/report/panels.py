@@ -12,8 +12,11 @@ import torch
 from posterity import metrics
 from posterity_studies.report import figures
 from posterity_studies.report.entry import Entry
+from posterity_studies.report.gallery import Gallery, cards
 
-BINS, ENTROPY_BINS, GALLERY = 20, 30, 24
+BINS, ENTROPY_BINS = 20, 30
+ANSWERED = 200  # points of a risk curve
+UNSURE, WORST = 160, 80  # images of the gallery
 NOTHING = "no finite predictions"
 
 
@@ -96,27 +99,53 @@ def entropy(entries: Sequence[Entry], data_name: str, ood_name: str) -> list[dic
     return panels
 
 
+def risk(entries: Sequence[Entry], targets: torch.Tensor) -> dict[str, Any] | None:
+    """Errors among the answers that are given, where the least confident ones are kept back."""
+    curves, found = [], []
+    for i, e in enumerate(entries):
+        probs = _double(e.probs)
+        if not probs.isfinite().all():
+            continue
+        coverage, errors = metrics.risk_coverage(probs, targets)
+        points = torch.linspace(len(errors) / ANSWERED, len(errors), ANSWERED).round().long() - 1
+        curves.append((i, *(v[points].tolist() for v in (coverage, errors))))
+        most = float(errors[round(0.8 * len(errors)) - 1])
+        found.append(f"{e.label} errs in {errors[-1]:.2%} of all, {most:.2%} of the surest 80%")
+    if not curves:
+        return None
+    return {"finding": "; ".join(found), "svg": figures.risk_curves("risk", curves)}
+
+
 def gallery(
     entry: Entry, targets: torch.Tensor, class_names: Sequence[str], images: torch.Tensor
-) -> list[dict[str, Any]]:
-    """The GALLERY images of highest finite predictive entropy, the least sure first."""
+) -> Gallery:
+    """Of the images with finite predictions the UNSURE of highest entropy, the least sure first.
+
+    And the WORST of largest loss: where the model is sure, and wrong.
+    """
     probs, values = _double(entry.probs), _entropies(entry.probs)
-    cards = []
-    order = values.nan_to_num(-1).argsort(descending=True, stable=True)
-    for i in order[values[order].isfinite()][:GALLERY].tolist():
-        truth, ranked = int(targets[i]), probs[i].argsort(descending=True, stable=True).tolist()
-        shown = ranked[:3] + [truth] * (truth not in ranked[:3])
-        cards.append(
-            {
-                "index": i,
-                "entropy": float(values[i]),
-                "image": figures.png(images[i].numpy()),
-                "truth": class_names[truth],
-                "right": ranked[0] == truth,
-                "bars": [(class_names[k], float(probs[i, k]), k == truth) for k in shown],
-            }
-        )
-    return cards
+    losses = -probs.gather(1, targets[:, None])[:, 0].clamp_min(1e-38).log()
+    chosen: dict[int, None] = {}
+    for scores, number in ((values, UNSURE), (losses, WORST)):
+        order = scores.nan_to_num(-1).argsort(descending=True, stable=True)
+        chosen |= dict.fromkeys(order[values[order].isfinite()][:number].tolist())
+    order = torch.tensor(sorted(chosen, key=lambda i: -float(values[i])), dtype=torch.long)
+    scores = {"entropy": values, "loss": losses}
+    return Gallery(
+        cards(order, scores, probs, targets, class_names, images),
+        what="Test image",
+        score_word="entropy",
+        form="%.2f",
+        truth_word="true",
+        class_word="True class",
+        answers={"right": "right", "wrong": "wrong"},
+        orders=[
+            ("entropy -1", "least sure first"),
+            ("entropy 1", "surest first"),
+            ("loss -1", "worst first"),
+            ("index 1", "as in the data"),
+        ],
+    )
 
 
 def _double(values: torch.Tensor) -> torch.Tensor:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from posterity.perturbation import Perturbation, grouped
-from posterity_studies.report import figures
 from posterity_studies.report.comparison import PAGES, write_page
+from posterity_studies.report.gallery import STEP, Gallery, cards
 
-SHOWN = 24  # images of each kind
+MOST = 240  # images of the gallery
 
 
 def write_sensitivity(
@@ -26,10 +25,12 @@ def write_sensitivity(
     class_names: Sequence[str],
     images: Tensor,
     provenance: Mapping[str, str],
+    test_loss: float | None = None,
 ) -> Path:
     """Write the gallery to `path`, whole or not at all, and return the path.
 
-    `probs` (n, C) are the model's for its own training images, `images` uint8 (n, h, w[, 3]).
+    `probs` (n, C) are the model's for its own training images, `images` uint8 (n, h, w[, 3]),
+    `test_loss` what the leave-one-out estimate is one of, if it was measured.
     """
     scores, doubted = found.sensitivity, probs.argmax(1) != targets
     order = scores.argsort(descending=True, stable=True)
@@ -41,9 +42,25 @@ def write_sensitivity(
         for c, m, e, n, d in zip(*(x.tolist() for x in (*classes, shares)), strict=True)
     ]
 
-    def cards(chosen: Tensor) -> list[dict[str, Any]]:
-        return [_card(i, scores, probs, targets, class_names, images) for i in chosen.tolist()]
+    values = {"sensitivity": scores, "loss": found.loss}
+    words = {
+        "what": "Training image",
+        "score_word": "moves by",
+        "form": "%.3g",
+        "truth_word": "label",
+        "class_word": "Label",
+        "answers": {"right": "agrees", "wrong": "doubts"},
+    }
 
+    def gallery(chosen: Tensor, orders: Sequence[tuple[str, str]] = ()) -> Gallery:
+        shown = cards(chosen, values, probs, targets, class_names, images)
+        return Gallery(shown, **words, orders=orders)
+
+    orders = [
+        ("sensitivity -1", "most sensitive first"),
+        ("loss -1", "largest loss first"),
+        ("index 1", "as in the data"),
+    ]
     text = PAGES.get_template("sensitivity.html.jinja").render(
         title=title,
         n_train=len(scores),
@@ -51,28 +68,9 @@ def write_sensitivity(
         nll=(found.left_out * found.count).sum().item() / found.count.sum().item(),
         loss=(found.loss * found.count).sum().item() / found.count.sum().item(),
         classes=sorted(by_class, key=lambda c: -c["mean"]),
-        most=cards(order[:SHOWN]),
-        least=cards(order.flip(0)[:SHOWN]),
+        test=test_loss,
+        most=gallery(order[:MOST], orders),
+        least=gallery(order.flip(0)[:STEP]),
         provenance=provenance,
     )
     return write_page(Path(path), text)
-
-
-def _card(
-    i: int,
-    scores: Tensor,
-    probs: Tensor,
-    targets: Tensor,
-    class_names: Sequence[str],
-    images: Tensor,
-) -> dict[str, Any]:
-    label, ranked = int(targets[i]), probs[i].argsort(descending=True, stable=True).tolist()
-    shown = ranked[:3] + [label] * (label not in ranked[:3])
-    return {
-        "index": i,
-        "sensitivity": float(scores[i]),
-        "image": figures.png(images[i].numpy()),
-        "truth": class_names[label],
-        "right": ranked[0] == label,
-        "bars": [(class_names[k], float(probs[i, k]), k == label) for k in shown],
-    }
