@@ -22,8 +22,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posterity import IVON, window
+from posterity import IVON, predict, window
 from posterity.ops import noise, reference
+from posterity.presets import PRESETS
 from ways import (
     LR,
     WAYS,
@@ -131,6 +132,39 @@ def test_auto_needs_weights():
         opt.train()
     with pytest.raises(ValueError, match='hess_init "auto"'):
         IVON(zeros, lr=0.1, ess=10, hess_init="best")
+
+
+# -- settings for kinds of tasks -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", PRESETS)
+def test_defaults_train_with_warm_up_and_decay(task):
+    """Nothing is set but what a user knows. From scratch the loss falls by a half at least."""
+    torch.manual_seed(0)
+    x, steps = torch.randn(512, 8), 400
+    y = x[:, :3].argmax(1)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+    loss = nn.functional.cross_entropy
+    opt = IVON(model.parameters(), **IVON.defaults_for(task, len(x), steps), seed=0)
+    factor = [min((t + 1) / (0.05 * steps), 1 - t / steps) for t in range(steps + 1)]
+    rate = torch.optim.lr_scheduler.LambdaLR(opt, factor.__getitem__)
+    before = loss(model(x), y).item()
+    for _ in range(steps):
+        with opt.sampled_params(train=True):
+            opt.zero_grad()
+            rows = torch.randint(len(x), (64,))
+            loss(model(x[rows]), y[rows]).backward()
+        opt.step()
+        rate.step()
+    probs = predict(model, opt.posterior(model), x, samples=16).probs
+    most = before * {"finetuning": 0.97, "lora": 0.85}.get(task, 0.5)  # those begin near the end
+    assert loss(model(x), y).item() < most
+    assert -probs.gather(1, y[:, None]).log().mean().item() < most
+
+
+def test_defaults_of_an_unknown_task_name_the_known_ones():
+    with pytest.raises(ValueError, match="there are vision, tabular, language, finetuning, lora"):
+        IVON.defaults_for("speech", 100, 10)
 
 
 # -- what breaks in the reference package (paper.md, section 6) ------------------------------------

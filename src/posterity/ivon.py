@@ -20,6 +20,7 @@ from .diagnostics import Diagnostics, Layer
 from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
+from .presets import PRESETS
 from .sampling import VERSION, Draw, forget_copies, touch
 from .slots import Slot, state_of
 from .window import Window
@@ -189,6 +190,38 @@ class IVON(Optimizer):
             own.append({"params": params, "weight_decay": group["weight_decay"], **settings_of})
         first = {"lr": own[0]["lr"], "ess": ess, "hess_init": hess_init, "debias": False}
         return cls(own, **{**first, **settings})
+
+    @staticmethod
+    def defaults_for(task: str, n_train: int, steps: int) -> dict[str, Any]:
+        """Settings that work untouched, to begin with or to stay with.
+
+        Use them with a warm-up of a twentieth of the steps, then a decay to zero. To change one
+        thing change ``lr``: "vision" and "tabular" have SGD's rate over 1−β1, the others AdamW's
+        over ``clip_radius``, which is how far a weight moves in a step at most.
+
+        Args:
+            task: "vision" or "tabular" from scratch, "language" from scratch, "finetuning" of all
+                weights, or "lora".
+            n_train: number of training examples; of tokens for "language".
+            steps: that training will take.
+
+        Raises:
+            ValueError: an unknown task.
+
+        Example:
+            >>> import torch
+            >>> from posterity import IVON
+            >>> model = torch.nn.Linear(3, 2)
+            >>> settings = IVON.defaults_for("vision", n_train=50_000, steps=7820)
+            >>> settings["lr"], settings["hess_init"]
+            (1.0, 'auto')
+            >>> opt = IVON(model.parameters(), **settings)
+
+        Source: what ``posterity study defaults`` measures, beside tuned AdamW.
+        """
+        if task not in PRESETS:
+            raise ValueError(f"no settings for {task!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[task](n_train, steps)
 
     def _reset(self) -> None:
         """Make what stands beside the state."""

@@ -91,6 +91,17 @@ class Ivon:
 
 
 @dataclass(frozen=True)
+class Untouched:
+    """IVON with :meth:`posterity.IVON.defaults_for` a task."""
+
+    task: str
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        return IVON(trainable(model), **IVON.defaults_for(self.task, n_train, steps), seed=seed)
+
+
+@dataclass(frozen=True)
 class IvonSamples(Ivon):
     """IVON with ``mc_samples`` samples a step: as many forward and backward passes."""
 

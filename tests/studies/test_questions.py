@@ -46,6 +46,19 @@ def test_a_study_leaves_a_table_pictures_and_provenance(call, tmp_path, name):
             assert claim.judge(result)[1]
 
 
+@pytest.mark.slow
+@pytest.mark.network
+def test_untouched_and_tuned_on_every_kind_of_task(call, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("pandas")
+    done = call("study", "defaults", "--scale", "smoke", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert len(rows) == 4
+    assert all(row["IVON's less AdamW's"] for row in rows)
+    assert (tmp_path / "defaults.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_result_is_not_replaced_by_another_studys_and_never_silently(call, tmp_path):
     kept = tmp_path / "kept"
     asked = ("--scale", "smoke", "--results", kept)

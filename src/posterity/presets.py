@@ -1,0 +1,50 @@
+"""Settings that work untouched, for kinds of tasks: :meth:`posterity.IVON.defaults_for`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+def vision(n: int, steps: int) -> Settings:
+    """SGD's steps with steady noise: h stays where "auto" puts it."""
+    return {"lr": 1.0, "ess": n, "hess_init": "auto", "weight_decay": 1.5e-3}
+
+
+def tabular(n: int, steps: int) -> Settings:
+    """Small networks on few rows: wide noise, and h learnt."""
+    learnt = {"betas": (0.9, 0.999), "clip_radius": 0.3}
+    return {"lr": 0.1, "ess": n, "hess_init": 2.0, "weight_decay": 5e-3, **learnt}
+
+
+def _clipped(lr: float, ess: float, memory: float, beta1: float = 0.9) -> Settings:
+    """Where SGD does not train well: steps of at most ``lr`` times the clip, in AdamW's scale."""
+    bound = {"clip_radius": 1e-3, "rescale_lr": False, "weight_decay": 1e-6}
+    betas = (beta1, 1 - 1 / max(memory, 1))
+    return {"lr": lr, "ess": ess, "hess_init": 1e-3, "betas": betas, **bound}
+
+
+def language(n: int, steps: int) -> Settings:
+    """From scratch, n tokens; a weight moves by 7e-4 at most, and h forgets in a fifth of it."""
+    return _clipped(0.7, 7 * n, steps / 5, beta1=0.8)
+
+
+def finetuning(n: int, steps: int) -> Settings:
+    """All weights of a pretrained model; a weight moves by 6e-5 at most."""
+    return _clipped(0.06, 2000 * n, steps / 10)
+
+
+def lora(n: int, steps: int) -> Settings:
+    """Low-rank adapters; a weight moves by 3e-4 at most, and the prior is flat."""
+    return _clipped(0.3, 20_000 * n, steps / 10) | {"weight_decay": 0.0}
+
+
+PRESETS: dict[str, Callable[[int, int], Settings]] = {
+    "vision": vision,
+    "tabular": tabular,
+    "language": language,
+    "finetuning": finetuning,
+    "lora": lora,
+}

@@ -1,0 +1,181 @@
+"""Is IVON good untouched? Its defaults for a kind of task beside AdamW, tuned on each.
+
+AdamW has the settings that the studies' searches found: of `fashion-mnist` and `cifar10-resnet20`
+(their recipes), of each table (`tabular`'s trials), of a language model (`pretraining`'s) and of
+MiniLM on film reviews (`finetuning`'s). IVON has those of ``IVON.defaults_for``, which were found
+on the same tasks, but are one set for a kind of task. Its predictions are averaged over samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from posterity_studies import finetune, jobs, train
+from posterity_studies.data import packages
+from posterity_studies.recipes import recipe
+from posterity_studies.settings import FinetuneAdamw, LanguageAdamw, Settings, Untouched
+from posterity_studies.studies import pretraining, tabular
+from posterity_studies.studies.pictures import COLOURS, label, picture
+from posterity_studies.subjects import TINY, MiniLM
+from posterity_studies.train import Progress
+
+SAMPLES = 16
+Judge = Callable[..., float]  # folder, optimizer, settings, seed, smoke → NLL
+LABELS = {"adamw": "AdamW, tuned", "ivon": "IVON, untouched"}
+
+
+def images(
+    name: str, folder: Path, optimizer: str, settings: Settings, seed: int, smoke: bool
+) -> float:
+    """Of a recipe, on its test images."""
+    chosen = recipe("smoke" if smoke else name)
+    if smoke:
+        chosen = replace(chosen, epochs=1, train_limit=200)
+    chosen = replace(chosen, optimizers={optimizer: settings})
+    found = train.train(chosen, optimizer, seed, folder)["evaluations"]
+    return found.get("samples", found["mean"])["nll"]
+
+
+def table(
+    name: str, folder: Path, optimizer: str, settings: Settings, seed: int, smoke: bool
+) -> float:
+    """Of a split's tenth, in the target's units: of five runs, on average."""
+    epochs = 1 if smoke else tabular.EPOCHS
+    path = folder.with_suffix(".json")
+    scores = tabular.judged(path, name, optimizer, settings, seed, epochs)
+    return scores[tabular.TITLES[optimizer][0]]["NLL"]
+
+
+def text(
+    name: str, folder: Path, optimizer: str, settings: Settings, seed: int, smoke: bool
+) -> float:
+    """A token's, on the half of the held-out text that no setting was chosen by."""
+    size = pretraining.SCALES["smoke" if smoke else "desk"]
+    how = None, 1, size.test, pretraining.COUNTS
+    scores = pretraining.trained(folder, size.what, settings, seed, *how)[1]
+    return scores.get(str(max(pretraining.COUNTS)), scores["mean"])
+
+
+def sentences(
+    name: str, folder: Path, optimizer: str, settings: Settings, seed: int, smoke: bool
+) -> float:
+    """Of MiniLM, finetuned on a domain."""
+    subject, samples = (TINY, 2) if smoke else (MiniLM(domains=tuple(packages.DOMAINS)), SAMPLES)
+    found = finetune.run(subject, name, settings, seed, folder, samples, keep=False)["test"]
+    return found.get("averaged", found["the mean"])["nll"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, AdamW's tuned settings, and the kind of task that IVON is told."""
+
+    title: str
+    judge: Judge
+    name: str
+    kind: str
+    adamw: Settings | None  # None: those of the study `tabular`
+    short: bool = True  # a run takes less than ten minutes: all seeds, else the first
+
+
+TASKS = (
+    Task(
+        "Fashion-MNIST, small CNN",
+        images,
+        "fashion-mnist",
+        "vision",
+        recipe("fashion-mnist").optimizers["adamw"],
+    ),
+    *(
+        Task(f"{name}, one hidden layer", table, name, "tabular", None)
+        for name in ("boston", "concrete", "auto", "diamonds")
+    ),
+    Task(
+        "a GPT on 43 MB of text",
+        text,
+        "",
+        "language",
+        LanguageAdamw(2.5e-3, beta1=0.8),
+        short=False,
+    ),
+    Task("MiniLM on film reviews", sentences, "movies", "finetuning", FinetuneAdamw(5e-5)),
+    Task(
+        "CIFAR-10, ResNet-20, 20 epochs",
+        images,
+        "cifar10-resnet20",
+        "vision",
+        recipe("cifar10-resnet20").optimizers["adamw"],
+        short=False,
+    ),
+)
+
+
+def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
+    """A row for each task: NLL of both, and IVON's less AdamW's with its standard error."""
+    smoke = scale == "smoke"
+    tasks = [TASKS[k] for k in (0, 1, 5, 6)] if smoke else TASKS
+    chosen = {task.title: task.adamw or tuned(task.name, out, smoke) for task in tasks}
+    work = [
+        (task, optimizer, settings, seed)
+        for task in tasks
+        for seed in (seeds if task.short else seeds[:1])
+        for optimizer, settings in (("adamw", chosen[task.title]), ("ivon", Untouched(task.kind)))
+    ]
+    calls = [
+        (task.judge, task.name, _folder(out, task, optimizer, seed), optimizer, settings, seed)
+        for task, optimizer, settings, seed in work
+    ]
+    calls = [(*call, smoke) for call in calls]
+    losses = jobs.each(_judged, calls, progress, "runs", [call[2] for call in calls])
+    found: dict[str, dict[str, list[float]]] = {}
+    for (task, optimizer, _, _), loss in zip(work, losses, strict=True):
+        found.setdefault(task.title, {}).setdefault(optimizer, []).append(loss)
+    draw(out / "defaults.png", found)
+    rows = [_row(title, each) for title, each in found.items()]
+    return {"rows": rows, "data": "those of the tasks' own studies", "each": found}
+
+
+def tuned(name: str, out: Path, smoke: bool) -> Settings:
+    """AdamW's best of `tabular`'s trials on a table's validation rows."""
+    trials = tabular.TRIALS["adamw"][: 1 if smoke else None]
+    epochs = 1 if smoke else tabular.EPOCHS
+    paths = [out / "trials" / f"{name}-adamw-{k}.json" for k in range(len(trials))]
+    pairs = zip(paths, trials, strict=True)
+    losses = [tabular.tried_on(path, name, settings, epochs) for path, settings in pairs]
+    return trials[losses.index(min(losses))]
+
+
+def _judged(judge: Judge, *call: Any) -> float:
+    return judge(*call)
+
+
+def _folder(out: Path, task: Task, optimizer: str, seed: int) -> Path:
+    return out / f"{task.name or task.kind}-{optimizer}-seed{seed}"
+
+
+def _row(title: str, each: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    gaps = [i - a for a, i in zip(each["adamw"], each["ivon"], strict=True)]
+    error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    row: dict[str, Any] = {"method": title}
+    row |= {LABELS[o]: fmean(losses) for o, losses in each.items()}
+    row |= {"IVON's less AdamW's": fmean(gaps), "s.e.": error if len(gaps) > 1 else ""}
+    return row | {"seeds": len(gaps)}
+
+
+def draw(path: Path, found: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """IVON's loss less AdamW's, a dot for each seed, in hundredths of AdamW's mean size."""
+    with picture(path, 1, (6.4, 3.6)) as (panel,):
+        titles = [*found][::-1]
+        for k, title in enumerate(titles):
+            each = found[title]
+            size = abs(fmean(each["adamw"])) / 100
+            gaps = [(i - a) / size for a, i in zip(each["adamw"], each["ivon"], strict=True)]
+            panel.plot(gaps, [k] * len(gaps), "o", color=COLOURS[0], alpha=0.5)
+            panel.plot(fmean(gaps), k, "D", color=COLOURS[1])
+        panel.axvline(0, color="#444444", lw=1)
+        panel.set_yticks(range(len(titles)), titles)
+        label(panel, "Left of the line untouched IVON is better", "difference in NLL, %", "")
