@@ -226,15 +226,15 @@ def merge_files(
         FileNotFoundError: a file is missing.
     """
     like, facts, values = _merging(
-        [_stored(path) for path in paths],
-        None if base is None else _stored(base),
+        [source(path) for path in paths],
+        None if base is None else source(base),
         **{"method": method, "alpha": alpha, "weights": weights, "density": density, "seed": seed},
     )
     save(out, Posterior.FORMAT, like, facts, values)
     return facts
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """What merging reads of a posterior, by a file's keys, from memory or from the file."""
 
     name: str  # in messages
@@ -243,6 +243,7 @@ class _Source(NamedTuple):
     read: Callable[[str], Tensor]
 
     def gaussian(self, name: str, device: torch.device) -> Marginal:
+        """One tensor's mean and precisions."""
         keys = (f"{part}/{name}" for part in ("mean", "precision", "prior_precision"))
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return Marginal(
@@ -250,17 +251,19 @@ class _Source(NamedTuple):
         )
 
     def shapes(self, *parts: str) -> dict[str, torch.Size]:
+        """Of the tensors of these parts, by a file's keys."""
         return {k: t.shape for k, t in self.like.items() if k.partition("/")[0] in parts}
 
 
-def _held(posterior: Posterior, name: str) -> _Source:
+def _held(posterior: Posterior, name: str) -> Source:
     if not isinstance(posterior, Posterior):
         raise ValueError(f"{name} is no Posterior but {posterior!r}; of a Mixture pass components")
     tensors, facts = posterior._packed()
-    return _Source(name, tensors, facts, tensors.__getitem__)
+    return Source(name, tensors, facts, tensors.__getitem__)
 
 
-def _stored(path: str | Path) -> _Source:
+def source(path: str | Path) -> Source:
+    """A file of a posterior, none of whose tensors is read yet."""
     with loaded(path, Posterior.FORMAT) as (tensors, facts):  # mapped: nothing is read yet
         names = {part: set[str]() for part in PREFIXES}
         for key in tensors:
@@ -278,12 +281,12 @@ def _stored(path: str | Path) -> _Source:
             raise ValueError(f"precision and mean differ in shape: {some(odd)}")
         told = {"ess": facts["ess"], "settings": facts["settings"]}
         like = {key: tensor.to("meta") for key, tensor in tensors.items()}
-    return _Source(str(path), like, told, partial(stored, path))
+    return Source(str(path), like, told, partial(stored, path))
 
 
 def _merging(
-    models: Sequence[_Source],
-    base: _Source | None,
+    models: Sequence[Source],
+    base: Source | None,
     method: str,
     alpha: float,
     weights: Sequence[float] | None,
@@ -343,7 +346,7 @@ def _merging(
     return like, {"ess": ess, "settings": {"merged": settings}}, values()
 
 
-def _joint(models: Sequence[_Source], key: str) -> torch.dtype:
+def _joint(models: Sequence[Source], key: str) -> torch.dtype:
     return reduce(torch.promote_types, (model.like[key].dtype for model in models))
 
 
@@ -358,8 +361,8 @@ def _buffer(held: Sequence[Tensor]) -> Tensor:
 
 def _ess(
     how: Method,
-    models: Sequence[_Source],
-    base: _Source | None,
+    models: Sequence[Source],
+    base: Source | None,
     weights: Sequence[float],
     alpha: float,
 ) -> float | None:
@@ -378,7 +381,7 @@ def _check_arguments(
     how: Method,
     method: str,
     number: int,
-    base: _Source | None,
+    base: Source | None,
     alpha: float,
     weights: Sequence[float],
     density: float | None,
@@ -416,7 +419,7 @@ def _check_values(method: str, name: str, mean: Tensor, precision: Tensor) -> No
         raise ValueError(f"the merged mean is not finite: {name}")
 
 
-def _check_models(models: Sequence[_Source], base: _Source | None, how: Method) -> None:
+def _check_models(models: Sequence[Source], base: Source | None, how: Method) -> None:
     first = models[0]
     for model in [*models, *([base] if base else [])]:
         parts = ("mean", "precision") if model is base else ("mean", "precision", "buffer")

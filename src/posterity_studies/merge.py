@@ -15,8 +15,9 @@ import torch
 import tyro
 
 import posterity
-from posterity.merging import METHODS, merge_files
-from posterity_studies import runs
+from posterity.merging import METHODS, merge_files, source
+from posterity_studies import report, runs
+from posterity_studies.progress import bar
 from posterity_studies.recipes import UserError
 
 
@@ -25,7 +26,8 @@ class Merge:
     """Merge posteriors of one network, finetuned on other data, into one without training.
 
     Tensor by tensor, so the models may be larger than the memory. A model card, OUT with the
-    ending .md, says what was merged and how to load it.
+    ending .md, says what was merged and how to load it; a page, OUT with .html, what became of each
+    tensor.
     """
 
     models: tyro.conf.Positional[tuple[Path, ...]]
@@ -49,20 +51,51 @@ class Merge:
     def __call__(self) -> None:
         paths = [_posterior(path) for path in self.models]
         base = None if self.base is None else _posterior(self.base)
-        card = self.out.with_suffix(".md")
-        if self.out == card:
-            raise UserError(f"{self.out} would be the model card: name a .safetensors file")
-        if taken := [path for path in (self.out, card) if path.exists()]:
+        card, page = (self.out.with_suffix(ending) for ending in (".md", ".html"))
+        if self.out in (card, page):
+            what = "model card" if self.out == card else "page"
+            raise UserError(f"{self.out} would be the {what}: name a .safetensors file")
+        if taken := [path for path in (self.out, card, page) if path.exists()]:
             raise UserError(f"{taken[0]} exists: choose another --out, or remove it")
         how: dict[str, Any] = {"method": self.method, "alpha": self.alpha, "seed": self.seed}
         how |= {"weights": self.weights or None, "density": self.density}
-        with runs.replacing(self.out) as merged, runs.replacing(card) as text:
+        with (
+            runs.replacing(self.out) as merged,
+            runs.replacing(card) as text,
+            runs.replacing(page) as look,
+        ):
             try:
                 facts = merge_files(paths, merged, base=base, **how)
             except ImportError as error:
                 raise UserError(str(error)) from None
             text.write_text(_card(self.out.name, paths, base, facts))
-        print(f"merged posterior: {self.out}\nmodel card: {card}")
+            _page(look, self.out.name, merged, paths, facts)
+        print(f"merged posterior: {self.out}\nmodel card: {card}\npage: {page}")
+
+
+def _page(
+    page: Path, name: str, merged: Path, paths: Sequence[Path], facts: dict[str, Any]
+) -> None:
+    """The page of a merged file, with one tensor of each model in memory."""
+    told, cpu = facts["settings"]["merged"], torch.device("cpu")
+    into, models = source(merged), [source(path) for path in paths]
+    names = [key.removeprefix("mean/") for key, shape in into.shapes("mean").items() if all(shape)]
+    found = [
+        report.merged(
+            n, into.gaussian(n, cpu), [q.gaussian(n, cpu) for q in models], told["weights"]
+        )
+        for n in bar(names, len(names), "page")
+    ]
+    labels = [p.parent.name if p.name == "posterior.safetensors" else p.stem for p in paths]
+    if len(set(labels)) < len(labels):
+        labels = [f"{k}: {label}" for k, label in enumerate(labels, 1)]
+    report.write_merge(
+        page,
+        title=f"{name}, merged by {told['method']}",
+        labels=labels,
+        found=found,
+        provenance=runs.provenance("of no training", "the files named in the model card"),
+    )
 
 
 def _posterior(path: Path) -> Path:

@@ -42,7 +42,11 @@ def test_files_and_runs_become_one_file_and_a_card_that_works(call, files):
     expected = merge([make(1), make(3)], base=make(0), alpha=0.5, weights=[2, 3])
     expected.save(files / "expected")
     assert out.read_bytes() == (files / "expected").read_bytes()
-    assert {p.name for p in out.parent.iterdir()} == {"merged.safetensors", "merged.md"}
+    assert {p.name for p in out.parent.iterdir()} == {
+        "merged.safetensors",
+        "merged.md",
+        "merged.html",
+    }
 
     card = out.with_suffix(".md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines()]
@@ -74,6 +78,22 @@ def test_files_and_runs_become_one_file_and_a_card_that_works(call, files):
     scope = {"model": Both(), "inputs": torch.randn(4, 3)}
     exec(code.replace('"merged', f'"{out.parent}/merged'), scope)
     assert scope["prediction"].probs.shape == (4, 2)
+
+
+def test_the_page_says_how_far_each_model_moved_and_what_it_weighs(call, files):
+    """A model of precision 4 at 1, one of precision 12 at 5, no base: θ = 4, 6 and 3.46 σ away."""
+    for name, mean, precision in (("low", 1.0, 4.0), ("high", 5.0, 12.0)):
+        values = {"w": torch.full((3, 2), mean)}, {"w": torch.full((3, 2), precision)}
+        (files / name).mkdir()
+        Posterior(*values, prior_precision=0.0, ess=10).save(files / name / "posterior.safetensors")
+    out = files / "m.safetensors"
+    done = call("merge", files / "low", files / "high", "--method", "fisher", "--out", out)
+    assert done.stdout.splitlines()[-1] == f"page: {files / 'm.html'}", done.stderr
+    text = (files / "m.html").read_text()
+    (row,) = re.findall(r"<tr><th scope=\"row\">w.*?</tr>", text, re.DOTALL)
+    assert re.findall(r"<td>([\d.]+%?)</td>", row) == ["6", "6", "25.0%", "3.46", "75.0%", "0.0%"]
+    assert "<b>low</b> moved by 6 of its σ" in text
+    assert "Farthest went <b>w</b> of low: 6 σ" in text
 
 
 @pytest.mark.parametrize("method", [m for m, how in METHODS.items() if not how.density])
@@ -114,6 +134,7 @@ REFUSED = {
     "alpha": ((*AB, *BASE, "--alpha", "nan"), None, "alpha=nan must be finite"),
     "output": ((*AB, *BASE), lambda f: (f / "out.safetensors").touch(), "out.safetensors exists"),
     "card": ((*AB, *BASE), lambda f: (f / "out.md").touch(), "out.md exists"),
+    "page": ((*AB, *BASE), lambda f: (f / "out.html").touch(), "out.html exists"),
 }
 
 
@@ -140,7 +161,7 @@ def test_an_interruption_writes_nothing(call, files, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(files)
-    monkeypatch.setattr(command, "_card", interrupted)  # the merged file is complete by then
+    monkeypatch.setattr(command, "_page", interrupted)  # file and card are complete by then
     before = state(files)
     assert call("merge", *AB, *BASE, "--out", "new/x/out.safetensors").returncode == 130
     assert state(files) == before

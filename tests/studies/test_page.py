@@ -11,8 +11,9 @@ api = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 from posterity.perturbation import Perturbation  # noqa: E402
-from posterity_studies.report import write_comparison, write_sensitivity  # noqa: E402
+from posterity_studies.report import write_comparison, write_merge, write_sensitivity  # noqa: E402
 from posterity_studies.report.layers import Layer  # noqa: E402
+from posterity_studies.report.merge import Merged  # noqa: E402
 from reports import CLASSES, change, comparison  # noqa: E402
 
 pytestmark = pytest.mark.browser
@@ -50,6 +51,13 @@ def pages(tmp_path_factory):
         "sensitivity": write_sensitivity(
             folder / "sensitivity.html", title="t", found=perturbed, probs=probs, **shown
         ),
+        "merge": write_merge(
+            folder / "merge.html",
+            title="m",
+            labels=["imdb", "tweets"],
+            found=[Merged(layer, (0.5, 2.0), (0.1, 0.7)) for layer in found],
+            provenance=content["provenance"],
+        ),
     }
 
 
@@ -77,10 +85,7 @@ def visit(chromium, pages):
     assert logged == []
 
 
-each_kind = pytest.mark.parametrize("kind", ["comparison", "sensitivity"])
-
-
-@each_kind
+@pytest.mark.parametrize("kind", ["comparison", "sensitivity", "merge"])
 @pytest.mark.parametrize("size", SIZES)
 def test_all_can_use_it(visit, kind, size):
     """axe-core's rules: names, roles, landmarks, contrast …; and no scrolling sideways."""
@@ -104,7 +109,7 @@ def shown(page, name="gallery"):
     return cards.evaluate_all("cards => cards.map(card => ({...card.dataset}))")
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["comparison", "sensitivity"])
 def test_the_gallery_is_ordered_chosen_from_and_continued(visit, kind):
     page, (name, first) = (
         visit(kind),

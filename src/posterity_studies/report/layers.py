@@ -36,13 +36,14 @@ def layers(posterior: Posterior, names: Sequence[str]) -> list[Layer]:
     """One of each tensor that has any elements, of these names in this order."""
     std, priors = posterior.std(), posterior.prior_precision or {}
     return [
-        _layer(name, posterior.mean[name].double(), std[name].double(), priors.get(name))
+        layer(name, posterior.mean[name].double(), std[name].double(), priors.get(name))
         for name in names
         if name in std and std[name].numel()
     ]
 
 
-def _layer(name: str, mean: Tensor, std: Tensor, prior: Tensor | None) -> Layer:
+def layer(name: str, mean: Tensor, std: Tensor, prior: Tensor | None) -> Layer:
+    """One tensor's, from values in float64."""
     ratio = mean.abs() / std
     logs = ratio.clamp(1e-9, 1e9).log10().flatten().sort().values
     places = torch.tensor(SHARES, dtype=logs.dtype) * (len(logs) - 1)
