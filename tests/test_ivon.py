@@ -163,7 +163,9 @@ def test_defaults_train_with_warm_up_and_decay(task):
 
 
 def test_defaults_of_an_unknown_task_name_the_known_ones():
-    with pytest.raises(ValueError, match="there are vision, tabular, language, finetuning, lora"):
+    with pytest.raises(
+        ValueError, match="there are vision, plain, tabular, language, finetuning, lora"
+    ):
         IVON.defaults_for("speech", 100, 10)
 
 

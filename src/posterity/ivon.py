@@ -196,12 +196,13 @@ class IVON(Optimizer):
         """Settings that work untouched, to begin with or to stay with.
 
         Use them with a warm-up of a twentieth of the steps, then a decay to zero. To change one
-        thing change ``lr``: "vision" and "tabular" have SGD's rate over 1−β1, the others AdamW's
-        over ``clip_radius``, which is how far a weight moves in a step at most.
+        thing change ``lr``: "vision", "plain" and "tabular" have SGD's rate over 1−β1, the others
+        AdamW's over ``clip_radius``, which is how far a weight moves in a step at most.
 
         Args:
-            task: "vision" or "tabular" from scratch, "language" from scratch, "finetuning" of all
-                weights, or "lora".
+            task: from scratch "vision" (with batch norm or the like), "plain" (without it),
+                "tabular" (small networks, few rows) or "language"; "finetuning" of all weights, or
+                "lora".
             n_train: number of training examples; of tokens for "language".
             steps: that training will take.
 

@@ -13,6 +13,12 @@ def vision(n: int, steps: int) -> Settings:
     return {"lr": 1.0, "ess": n, "hess_init": "auto", "weight_decay": 1.5e-3}
 
 
+def plain(n: int, steps: int) -> Settings:
+    """Where no layer undoes a weight's size h is learnt, and prunes; λ above n bounds the noise."""
+    learnt = {"betas": (0.9, 1 - 4 / max(steps, 4)), "clip_radius": 0.3}
+    return {"lr": 0.5, "ess": 10 * n, "hess_init": "auto", "weight_decay": 1e-3, **learnt}
+
+
 def tabular(n: int, steps: int) -> Settings:
     """Small networks on few rows: wide noise, and h learnt."""
     learnt = {"betas": (0.9, 0.999), "clip_radius": 0.3}
@@ -43,6 +49,7 @@ def lora(n: int, steps: int) -> Settings:
 
 PRESETS: dict[str, Callable[[int, int], Settings]] = {
     "vision": vision,
+    "plain": plain,
     "tabular": tabular,
     "language": language,
     "finetuning": finetuning,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -92,9 +92,16 @@ class Ivon:
 
 @dataclass(frozen=True)
 class Untouched:
-    """IVON with :meth:`posterity.IVON.defaults_for` a task."""
+    """IVON with :meth:`posterity.IVON.defaults_for` a task.
+
+    ``settings`` are those of a thousand examples and steps: a finished run is one of the same.
+    """
 
     task: str
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "settings", IVON.defaults_for(self.task, 1000, 1000))
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""

@@ -87,7 +87,7 @@ TASKS = (
         "Fashion-MNIST, small CNN",
         images,
         "fashion-mnist",
-        "vision",
+        "plain",
         recipe("fashion-mnist").optimizers["adamw"],
     ),
     *(
