@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,6 +124,23 @@ def test_auto_is_a_number_in_checkpoints():
     _, its = make(hess_init="auto")
     its.load_state_dict(through_bytes(opt.state_dict()))
     assert its.param_groups[0]["hess_init"] == opt.param_groups[0]["hess_init"] != "auto"
+
+
+def test_auto_waits_for_the_weights_that_a_checkpoint_brings():
+    """Distributed checkpointing allocates state before it loads the weights."""
+    model = network()
+    loaded = {name: p.clone() for name, p in model.state_dict().items()}
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    opt = IVON(model.parameters(), lr=0.1, ess=10, hess_init="auto", seed=0)
+    get_optimizer_state_dict(model, opt)
+    assert opt.param_groups[0]["hess_init"] == "auto"
+    model.load_state_dict(loaded)
+    expected = IVON(model.parameters(), lr=0.1, ess=10, hess_init="auto").posterior(model).std()
+    with opt.sampled_params(train=True):
+        pass
+    for name, values in opt.posterior(model).std().items():
+        assert torch.equal(values, expected[name])
 
 
 def test_auto_needs_weights():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -44,15 +45,16 @@ def counter_device(p: Tensor, group: Group) -> torch.device:
 
 
 def typical_size(params: Iterable[Tensor]) -> float:
-    """The root mean square of a weight, its geometric mean over matrices; every rank calls this.
+    """The geometric mean over matrices of their root mean squares; every rank calls this.
 
     Vectors count where there is nothing else, and what is zero (as half of LoRA is) does not.
 
     Raises:
-        ValueError: all weights are zero, or one is not finite.
+        ValueError: all weights are zero, or those that count are not finite.
     """
-    sums = [(p, distributed.whole(p.detach().double().square().sum())) for p in params]
-    known = [(p.dim() > 1, math.sqrt(float(q) / p.numel())) for p, q in sums if q]
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    norms = [(p, float(distributed.whole(norm(p.detach())))) for p in params]
+    known = [(p.dim() > 1, size / math.sqrt(p.numel())) for p, size in norms if size]
     chosen = [size for matrix, size in known if matrix] or [size for _, size in known]
     if not chosen or not all(map(math.isfinite, chosen)):
         raise ValueError('hess_init="auto" needs weights that are not all zero, and finite')

@@ -61,10 +61,9 @@ class IVON(Optimizer):
             debias.
         lr: learning rate α, a float or a tensor. With ``rescale_lr`` good values are above SGD's.
         ess: effective sample size λ: number of training examples; the loss is a batch *mean*.
-        hess_init: initial Hessian h0. Small is noisy, large nearly deterministic. "auto" looks at
-            the weights before the first sample: σ is then a tenth of a typical one, which is their
-            root mean square, its geometric mean over all matrices that are trained; less where the
-            prior alone is narrower.
+        hess_init: initial Hessian h0. Small is noisy, large nearly deterministic. "auto" sets σ at
+            the first sample to a tenth of a typical weight, the geometric mean over the trained
+            matrices of their root mean squares; to less where the prior alone is narrower.
         betas: decay of momentum and Hessian; .9999 for the latter suits short runs.
         weight_decay: prior precision over λ, δ. At 0 the prior is flat.
         mc_samples: samples drawn by ``step(closure)``.
@@ -150,7 +149,7 @@ class IVON(Optimizer):
         sgd: torch.optim.SGD,
         *,
         ess: float,
-        hess_init: float = 0.5,
+        hess_init: float | Literal["auto"] = 0.5,
         beta2: float = 0.99999,
         **settings: Any,
     ) -> IVON:
@@ -196,8 +195,9 @@ class IVON(Optimizer):
         """Settings that work untouched, to begin with or to stay with.
 
         Use them with a warm-up of a twentieth of the steps, then a decay to zero. To change one
-        thing change ``lr``: "vision", "plain" and "tabular" have SGD's rate over 1−β1, the others
-        AdamW's over ``clip_radius``, which is how far a weight moves in a step at most.
+        thing change ``lr``. For "vision", "plain" and "tabular" it is SGD's over 1−β1; for the
+        others a weight moves by lr·``clip_radius`` at most, which is in the scale of AdamW's.
+        ``ess`` is above ``n_train`` where a colder posterior, of less noise, trained better.
 
         Args:
             task: from scratch "vision" (with batch norm or the like), "plain" (without it),
@@ -218,7 +218,8 @@ class IVON(Optimizer):
             (1.0, 'auto')
             >>> opt = IVON(model.parameters(), **settings)
 
-        Source: what ``posterity study defaults`` measures, beside tuned AdamW.
+        Source: what ``posterity study defaults`` measures beside tuned AdamW, and for "lora" what
+        ``posterity study finetuning`` does.
         """
         if task not in PRESETS:
             raise ValueError(f"no settings for {task!r}; there are {', '.join(PRESETS)}")
@@ -325,17 +326,14 @@ class IVON(Optimizer):
     def _state(self, p: Tensor, group: Group) -> dict[str, Any]:
         if not self.state.get(p):
             groups.check_trainable(p, group)
-            if group["hess_init"] == "auto":
-                trained = (q for g in self.param_groups for q in g["params"] if q.requires_grad)
-                width = groups.SHARE * groups.typical_size(trained)
-                start = 1 / (float(group["ess"]) * width**2) - group["weight_decay"]
-                group["hess_init"] = max(start, 0.0)
+        if group["hess_init"] == "auto":
+            self._begin()
         state, dtype = self.state[p], groups.state_dtype(p)
         on = groups.counter_device(p, group)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=on)
             shape = distributed.local(p).shape
-            for name, value in (("momentum", 0.0), ("hess", group["hess_init"])):
+            for name, value in (("momentum", 0.0), ("hess", float(group["hess_init"]))):
                 # row-major, as the passes go: a channels-last parameter alone is then copied
                 values = torch.full(shape, value, dtype=dtype, device=p.device)
                 state[name] = distributed.like(values, p)
@@ -355,6 +353,17 @@ class IVON(Optimizer):
             )
         state["step"] = state["step"].to(on, torch.float32)
         return state
+
+    def _begin(self) -> None:
+        """Let "auto" be a number in every group that has it, by the weights as they are."""
+        trained = (p for g in self.param_groups for p in g["params"] if p.requires_grad)
+        width = groups.SHARE * groups.typical_size(trained)
+        for group in (g for g in self.param_groups if g["hess_init"] == "auto"):
+            start = 1 / (float(group["ess"]) * width**2) - group["weight_decay"]
+            group["hess_init"] = max(start, 0.0)
+            for state in (self.state.get(p) for p in group["params"]):
+                if state and not state["step"]:  # made for a checkpoint that was not loaded
+                    distributed.local(state["hess"]).fill_(group["hess_init"])
 
     # -- three ways to sample ---------------------------------------------------------------------
 
@@ -653,7 +662,15 @@ class IVON(Optimizer):
         learns = any(group["lr"] != 0 for group in self.param_groups)
         if self.state or learns or any(distributed.local(grad).any() for grad in grads):
             raise RuntimeError(NO_SAMPLE)
-        self._slots()
+        auto = [group for group in self.param_groups if group["hess_init"] == "auto"]
+        for group in auto:
+            group["hess_init"] = 1.0
+        try:
+            self._slots()
+        finally:
+            for group in auto:  # the weights are not loaded yet: the first sample looks at them
+                group["hess_init"] = "auto"
+                self._known, self._seen = {}, ([], [])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. Those of a sample that waits for ``step()`` are not lost.

@@ -138,18 +138,20 @@ def write_report(folders: Sequence[Path], path: Path) -> Path:
     found = [runs.read_json(folder / "result.json") for folder in folders]
     first = found[0]
     for folder, result in zip(folders, found, strict=True):
+        if "data" not in result:
+            raise UserError(f"{folder} is no run of `train` or `compare`, which a report is of")
         for key in ("data", "ood", "validation"):
             if result.get(key) != first.get(key):
                 raise UserError(
                     f"{folder} has {key} {result.get(key)}, {folders[0]} {first.get(key)}: one "
                     "report is of runs that were scored on the same images"
                 )
-    if not first.get("ood") or first["validation"]:
+    if not first.get("ood") or first.get("validation"):
         raise UserError(f"{folders[0]} was scored without unknown images, which a report shows")
     optimizers: list[str] = [result["settings"]["optimizer"] for result in found]
     names = [LABELS.get(o, o) for o in optimizers]
     if len(set(names)) < len(names):
-        names = [folder.name for folder in folders]
+        names = runs.distinct([folder.resolve().name for folder in folders])
     entries = [
         entry
         for name, result, folder in zip(names, found, folders, strict=True)
@@ -163,7 +165,10 @@ def write_report(folders: Sequence[Path], path: Path) -> Path:
         targets=task.test[1],
         class_names=task.class_names,
         images=task.images,
-        provenance=found[-1]["provenance"],
+        provenance={
+            key: ", ".join(dict.fromkeys(str(result["provenance"][key]) for result in found))
+            for key in first["provenance"]
+        },
         ood_name=first["ood"],
         data_name=first["data"],
     )

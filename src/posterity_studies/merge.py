@@ -78,21 +78,19 @@ def _page(
 ) -> None:
     """The page of a merged file, with one tensor of each model in memory."""
     told, cpu = facts["settings"]["merged"], torch.device("cpu")
+    scale = {"hessian": told["alpha"], "fisher": 1.0}.get(told["method"])
+    held = [] if scale is None else [scale * w for w in told["weights"]]  # of each Hessian
     into, models = source(merged), [source(path) for path in paths]
     names = [key.removeprefix("mean/") for key, shape in into.shapes("mean").items() if all(shape)]
     found = [
-        report.merged(
-            n, into.gaussian(n, cpu), [q.gaussian(n, cpu) for q in models], told["weights"]
-        )
+        report.merged(n, into.gaussian(n, cpu), [q.gaussian(n, cpu) for q in models], held)
         for n in bar(names, len(names), "page")
     ]
     labels = [p.parent.name if p.name == "posterior.safetensors" else p.stem for p in paths]
-    if len(set(labels)) < len(labels):
-        labels = [f"{k}: {label}" for k, label in enumerate(labels, 1)]
     report.write_merge(
         page,
         title=f"{name}, merged by {told['method']}",
-        labels=labels,
+        labels=runs.distinct(labels),
         found=found,
         provenance=runs.provenance("of no training", "the files named in the model card"),
     )

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -143,6 +143,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file of a run folder; UserError where it is missing or damaged."""
     return read(path, safetensors.torch.load_file)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names, numbered where two of them are the same."""
+    if len(set(names)) == len(names):
+        return list(names)
+    return [f"{k}: {name}" for k, name in enumerate(names, 1)]
 
 
 def recipe_of(result: dict[str, Any]) -> Recipe:

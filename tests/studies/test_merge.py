@@ -96,6 +96,22 @@ def test_the_page_says_how_far_each_model_moved_and_what_it_weighs(call, files):
     assert "Farthest went <b>w</b> of low: 6 σ" in text
 
 
+def test_shares_and_the_bases_are_the_whole_precision(call, files):
+    how = ("--base", files / "base.safetensors", "--alpha", 0.5, "--weights", 2, 3)
+    inputs, out = (files / "A.safetensors", files / "B.safetensors"), files / "m.safetensors"
+    assert call("merge", *inputs, *how, "--out", out).returncode == 0
+    whole, base = Posterior.load(out), make(0)
+    text = (files / "m.html").read_text()
+    for name in ("a", "b"):
+        (row,) = re.findall(rf'<tr><th scope="row">{name} .*?</tr>', text, re.DOTALL)
+        shares = [float(share) for share in re.findall(r"<td>([\d.]+)%</td>", row)][:2]
+        own = float((base.precision[name] / whole.precision[name]).mean())
+        assert sum(shares) / 100 + own == pytest.approx(1, abs=2e-3)
+    average = files / "average.safetensors"
+    assert call("merge", *inputs, "--method", "average", "--out", average).returncode == 0
+    assert "Share" not in average.with_suffix(".html").read_text()
+
+
 @pytest.mark.parametrize("method", [m for m, how in METHODS.items() if not how.density])
 def test_every_method_by_its_name(call, files, method):
     base = ("--base", files / "base.safetensors") if METHODS[method].base else ()

@@ -1,5 +1,6 @@
 """The reports in a browser: no complaint, every control does what it says, and all can use them."""
 
+import math
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from posterity_studies.report.merge import Merged  # noqa: E402
 from reports import CLASSES, change, comparison  # noqa: E402
 
 pytestmark = pytest.mark.browser
+PRIORS = (0.02, math.nan, 0.01)
 SIZES = {"desktop": (1280, "light"), "phone": (390, "dark")}
 
 
@@ -37,8 +39,8 @@ def pages(tmp_path_factory):
     folder, content = tmp_path_factory.mktemp("pages"), comparison()
     shapes = {"2.weight": (8, 4), "10.weight": (4, 300), "10.bias": (4,)}
     found = [
-        Layer(name, shape, 0.3 / k, 0.01 * k, (-k, 0.1, 0.5, 1.0, 2.0), 0.1 * k, 0.01)
-        for k, (name, shape) in enumerate(shapes.items(), 1)
+        Layer(name, shape, 0.3 / k, 0.01 * k, (-k, 0.1, 0.5, 1.0, 2.0), 0.1 * k, prior)
+        for k, (prior, (name, shape)) in enumerate(zip(PRIORS, shapes.items(), strict=True), 1)
     ]
     content = change(content, 3, layers=found)
     n, probs = len(content["targets"]), content["entries"][-1].probs
@@ -151,9 +153,17 @@ def column(page, heading):
     return table.locator(f"tbody tr > :nth-child({at + 1})").all_inner_texts()
 
 
-@pytest.mark.parametrize("heading", ["NLL", "Weights", "Epoch time"])
-def test_a_heading_orders_its_table(visit, heading):
-    page = visit("comparison")
+@pytest.mark.parametrize(
+    ("kind", "heading"),
+    [
+        ("comparison", "NLL"),
+        ("comparison", "Weights"),
+        ("sensitivity", "Images"),
+        ("merge", "Moved"),
+    ],
+)
+def test_a_heading_orders_its_table(visit, kind, heading):
+    page = visit(kind)
     button = page.get_by_role("button", name=heading).first
     before = column(page, heading)
     for way, reverse in (("descending", True), ("ascending", False)):
@@ -166,11 +176,18 @@ def test_a_heading_orders_its_table(visit, heading):
     assert sorted(column(page, heading)) == sorted(before)
 
 
+def test_what_is_missing_comes_last(visit):
+    page = visit("comparison")
+    for expected in (["2.0%", "1.0%", "–"], ["1.0%", "2.0%", "–"]):
+        page.get_by_role("button", name="Prior").click()
+        assert column(page, "Prior") == expected
+
+
 def test_names_are_ordered_as_words(visit):
     page = visit("comparison")
     page.get_by_role("button", name="Tensor").click()
     names = [text.split()[0] for text in column(page, "Tensor")]
-    assert names == ["10.bias", "10.weight", "2.weight"]
+    assert names == ["2.weight", "10.bias", "10.weight"]
 
 
 def test_without_scripts_the_first_cards_stand_there(visit):

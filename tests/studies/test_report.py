@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import math
 import re
 from dataclasses import replace
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
 from posterity import Posterior  # noqa: E402
-from posterity_studies.report import write_comparison  # noqa: E402
+from posterity_studies.report import figures, panels, write_comparison  # noqa: E402
 from posterity_studies.report.layers import layers  # noqa: E402
 from posterity_studies.report.table import verdict  # noqa: E402
 from reports import CLASSES, LABELS, change, comparison  # noqa: E402
@@ -243,6 +244,34 @@ def test_risk_is_the_share_of_errors_among_the_surest(text, content):
         assert told in text
 
 
+def test_risk_of_few_images_and_without_what_is_not_finite(content):
+    few = [replace(e, probs=e.probs[:40].clone()) for e in content["entries"]]
+    few[1].probs[7] = math.nan
+    few[2].probs.fill_(math.nan)
+    drawn, figure = [], figures.risk_curves
+
+    def kept(name, curves):
+        drawn.extend(curves)
+        return figure(name, curves)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "risk_curves", kept)
+        found = panels.risk(few, content["targets"][:40])
+    assert found["labels"] == [LABELS[k] for k in (0, 1, 3)]
+    assert [len(shares) for _, shares, _ in drawn] == [40, 39, 40]
+    for _, shares, errors in drawn:
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+        assert all(0 <= e <= 1 for e in errors)
+
+
+def test_a_single_row_is_not_judged_against_others(content, tmp_path):
+    one = content | {"entries": content["entries"][-1:]}
+    text = write_comparison(tmp_path / "r.html", **one).read_text()
+    assert "tried on 400 test images" in text
+    assert "No row leads" not in text
+
+
 def test_layers_say_what_the_posterior_holds(content, tmp_path):
     """Of m = 2 and σ = 1 but for a quarter of σ = 4 all numbers are known."""
     mean = {"10.w": torch.full((4, 10), 2.0), "2.w": torch.zeros(3), "none": torch.empty(0)}
@@ -289,6 +318,14 @@ def test_same_content_same_bytes(content, text, tmp_path):
 def test_full_size_stays_small(tmp_path):
     path = write_comparison(tmp_path / "r.html", **comparison(n=10_000, m=10_000))
     assert path.stat().st_size < 2_000_000
+
+
+def test_large_pictures_are_kept_as_small_as_they_are_shown(content, tmp_path):
+    large = content | {"images": torch.zeros(400, 300, 200, 3, dtype=torch.uint8)}
+    text = write_comparison(tmp_path / "r.html", **large).read_text()
+    images = [src.split(",")[1] for src in Page(text).having("src")]
+    sizes = {Image.open(io.BytesIO(base64.b64decode(image))).size for image in images}
+    assert sizes == {(56, 84)}
 
 
 @pytest.mark.filterwarnings("error")

@@ -374,6 +374,20 @@ def test_report_is_of_one_run_or_of_several(call, run, tmp_path):
     both = (tmp_path / "both.html").read_text()
     assert f"{run.name} · other on fashion-mnist" in both
     assert "other at the mean" in both
+    same = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
+    assert call("report", run, same, "--out", tmp_path / "same.html").returncode == 0
+    assert f"2: {run.name} at the mean" in (tmp_path / "same.html").read_text()
+    result = runs.read_json(run / "result.json")
+    for changes, words in (
+        ({"data": "mnist"}, "on the same images"),
+        ({"validation": 9}, "on the same images"),
+        ({"data": None}, "is no run of `train`"),
+    ):
+        kept = {k: v for k, v in (result | changes).items() if v is not None}
+        (other / "result.json").write_text(json.dumps(kept))
+        assert words in one_line(call("report", run, other))
+    (other / "result.json").write_text(json.dumps(result | {"validation": 9}))
+    assert "without unknown images" in one_line(call("report", other))
     (run / "report.html").unlink()
 
 

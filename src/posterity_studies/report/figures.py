@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 # serves light and dark. No name from the data enters an SVG: titles and legends are HTML.
 INK, MUTED, RULE = "#0b0001", "#0b0002", "#0b0003"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)"}
+SHOWN = 84  # pixels of an image's longer side
 TICKS = np.linspace(0, 1, 6)
 DASHES = ("", "6 3", "2 2", "8 2 2 2", "4 4", "1 3")  # one per series: colour is not the only cue
 STYLE = {
@@ -47,15 +49,20 @@ def series(index: int) -> str:
     return f"#0a00{index % len(DASHES):02x}"
 
 
+def _dashes(index: int) -> Any:
+    """Of the index-th entry, as matplotlib takes them."""
+    lengths = tuple(map(int, DASHES[index % len(DASHES)].split()))
+    return (0, lengths) if lengths else "-"
+
+
 def training_curves(name: str, curves: Sequence[tuple[int, list[float], list[float]]]) -> Markup:
     """Lines over epochs, one per (series index, epochs, values); non-finite values leave gaps."""
     with _figure(340, 216, name) as (figure, drawn):
         axes = _axes(figure, 36, 36, 296, 160, "nats per image")
         for index, epochs, values in curves:
             y = np.asarray(values, dtype=float)
-            dashes = tuple(map(int, DASHES[index % len(DASHES)].split()))
-            style = (0, dashes) if dashes else "-"
-            axes.plot(epochs, np.where(np.isfinite(y), y, np.nan), color=series(index), ls=style)
+            drawable = np.where(np.isfinite(y), y, np.nan)
+            axes.plot(epochs, drawable, color=series(index), ls=_dashes(index))
             axes.plot(epochs[-1:], y[-1:], "o", color=series(index), ms=4)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -68,9 +75,7 @@ def risk_curves(name: str, curves: Sequence[tuple[int, list[float], list[float]]
     with _figure(520, 230, name) as (figure, drawn):
         axes = _axes(figure, 36, 36, 462, 174, "errors among them")
         for index, shares, errors in curves:
-            dashes = tuple(map(int, DASHES[index % len(DASHES)].split()))
-            style = (0, dashes) if dashes else "-"
-            axes.plot(shares, errors, color=series(index), ls=style)
+            axes.plot(shares, errors, color=series(index), ls=_dashes(index))
         axes.set(xlim=(0, 1), xticks=TICKS, xlabel="share of images that are answered")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -163,9 +168,10 @@ def wilson(rate: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.nda
 
 
 def png(image: np.ndarray) -> str:
-    """A uint8 image, (h, w) or (h, w, 3), as a PNG data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    """A uint8 image, (h, w) or (h, w, 3), as a PNG data URI, no larger than it is shown."""
+    buffer, picture = io.BytesIO(), Image.fromarray(image)
+    picture.thumbnail((SHOWN, SHOWN))
+    picture.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -17,21 +17,23 @@ from posterity_studies.report.comparison import PAGES, write_page
 class Merged(NamedTuple):
     """One tensor: of each model how far merging moved it, and what it weighs in the result.
 
-    ``moved`` are root mean squares of (θ − θ_t)/σ_t; ``shares`` of w_tH_t in the merged precision,
-    on average, which tells little of methods that weigh all weights alike.
+    ``moved`` are root mean squares of (θ − θ_t)/σ_t; ``shares`` of its Hessian in the merged
+    precision, on average, where the method adds Hessians up.
     """
 
     layer: layers.Layer
     moved: tuple[float, ...]
-    shares: tuple[float, ...]
+    shares: tuple[float, ...] = ()
 
 
 def merged(
     name: str, into: Marginal, models: Sequence[Marginal], weights: Sequence[float]
 ) -> Merged:
-    """One tensor's."""
+    """One tensor's; the merged precision holds Hessians ``weights`` times, or none without any."""
     moved = [((into.mean - q.mean) * q.precision.sqrt()).square().mean().sqrt() for q in models]
-    shares = [(w * q.hessian / into.precision).mean() for q, w in zip(models, weights, strict=True)]
+    shares = [
+        (w * q.hessian / into.precision).mean() for w, q in zip(weights, models, strict=False)
+    ]
     std = into.precision.rsqrt()
     return Merged(
         layers.layer(name, into.mean, std, into.prior),
@@ -63,6 +65,7 @@ def write_merge(
         table=table,
         rows=zip(found, (strip for _, strip in table["rows"]), strict=True),
         moved=moved.tolist(),
+        shared=all(each.shares for each in found),
         most=(labels[whose], found[most].layer.name, found[most].moved[whose]),
         provenance=provenance,
     )

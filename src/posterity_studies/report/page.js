@@ -43,9 +43,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.addEventListener("click", () => {
       const rows = [...body.rows], numbers = rows[0].cells[column].tagName === "TD";
       const way = { ascending: "descending", descending: "ascending" }[head.ariaSort] ?? (numbers ? "descending" : "ascending");
-      const sign = way === "ascending" ? 1 : -1, least = -sign * Infinity;
-      const number = (row) => { const x = parseFloat(value(row).replaceAll(",", "")); return Number.isNaN(x) ? -least : x; };
-      rows.sort((a, b) => (numbers ? number(a) - number(b) || 0 : value(a).localeCompare(value(b))) * sign);
+      const sign = way === "ascending" ? 1 : -1, last = sign * Infinity;
+      const number = (row) => { const x = parseFloat(value(row).replaceAll(",", "")); return Number.isNaN(x) ? last : x; };
+      rows.sort((a, b) => (numbers ? number(a) - number(b) || 0 : value(a).localeCompare(value(b), undefined, { numeric: true })) * sign);
       for (const other of heads) other.removeAttribute("aria-sort");
       head.ariaSort = way;
       body.append(...rows);

@@ -100,20 +100,24 @@ def entropy(entries: Sequence[Entry], data_name: str, ood_name: str) -> list[dic
 
 
 def risk(entries: Sequence[Entry], targets: torch.Tensor) -> dict[str, Any] | None:
-    """Errors among the answers that are given, where the least confident ones are kept back."""
-    curves, found = [], []
+    """Errors among the answers that are given, where the least confident ones are kept back.
+
+    Predictions that are not finite are left out.
+    """
+    curves, found = [], {}
     for i, e in enumerate(entries):
-        probs = _double(e.probs)
-        if not probs.isfinite().all():
+        probs, keep = _double(e.probs), e.probs.isfinite().all(1).cpu()
+        if not (n := int(keep.sum())):
             continue
-        coverage, errors = metrics.risk_coverage(probs, targets)
-        points = torch.linspace(len(errors) / ANSWERED, len(errors), ANSWERED).round().long() - 1
+        coverage, errors = metrics.risk_coverage(probs[keep], targets[keep])
+        points = torch.linspace(0, n - 1, min(n, ANSWERED)).round().long()
         curves.append((i, *(v[points].tolist() for v in (coverage, errors))))
-        most = float(errors[round(0.8 * len(errors)) - 1])
-        found.append(f"{e.label} errs in {errors[-1]:.2%} of all, {most:.2%} of the surest 80%")
+        most = float(errors[math.ceil(0.8 * n) - 1])
+        found[e.label] = f"{e.label} errs in {errors[-1]:.2%} of all, {most:.2%} of the surest 80%"
     if not curves:
         return None
-    return {"finding": "; ".join(found), "svg": figures.risk_curves("risk", curves)}
+    svg = figures.risk_curves("risk", curves)
+    return {"labels": [*found], "finding": "; ".join(found.values()), "svg": svg}
 
 
 def gallery(
@@ -127,7 +131,7 @@ def gallery(
     losses = -probs.gather(1, targets[:, None])[:, 0].clamp_min(1e-38).log()
     chosen: dict[int, None] = {}
     for scores, number in ((values, UNSURE), (losses, WORST)):
-        order = scores.nan_to_num(-1).argsort(descending=True, stable=True)
+        order = scores.argsort(descending=True, stable=True)
         chosen |= dict.fromkeys(order[values[order].isfinite()][:number].tolist())
     order = torch.tensor(sorted(chosen, key=lambda i: -float(values[i])), dtype=torch.long)
     scores = {"entropy": values, "loss": losses}

@@ -34,7 +34,8 @@ def write_sensitivity(
     """
     scores, doubted = found.sensitivity, probs.argmax(1) != targets
     order = scores.argsort(descending=True, stable=True)
-    held = scores[order].double().cumsum(0) / scores.double().sum()
+    order = order[scores[order].isfinite()]
+    held = scores[order].double().cumsum(0)
     classes = grouped(scores, targets)
     shares = grouped(doubted.float(), targets).mean
     by_class = [
@@ -64,7 +65,7 @@ def write_sensitivity(
     text = PAGES.get_template("sensitivity.html.jinja").render(
         title=title,
         n_train=len(scores),
-        share=(int((held < 0.5).sum()) + 1) / len(scores),
+        share=(int((held < held[-1] / 2).sum()) + 1) / len(scores),
         nll=(found.left_out * found.count).sum().item() / found.count.sum().item(),
         loss=(found.loss * found.count).sum().item() / found.count.sum().item(),
         classes=sorted(by_class, key=lambda c: -c["mean"]),
