@@ -26,7 +26,10 @@ def tabular(n: int, steps: int) -> Settings:
 
 
 def _clipped(lr: float, ess: float, memory: float, beta1: float = 0.9) -> Settings:
-    """Where SGD does not train well: steps of at most ``lr`` times the clip, in AdamW's scale."""
+    """Where SGD does not train well: steps of at most ``lr`` times the clip, in AdamW's scale.
+
+    Weights bear only so much noise, however few the examples: ``ess`` has a least value.
+    """
     bound = {"clip_radius": 1e-3, "rescale_lr": False, "weight_decay": 1e-6}
     betas = (beta1, 1 - 1 / max(memory, 1))
     return {"lr": lr, "ess": ess, "hess_init": 1e-3, "betas": betas, **bound}
@@ -34,17 +37,17 @@ def _clipped(lr: float, ess: float, memory: float, beta1: float = 0.9) -> Settin
 
 def language(n: int, steps: int) -> Settings:
     """From scratch, n tokens; a weight moves by 7e-4 at most, and h forgets in a fifth of it."""
-    return _clipped(0.7, 7 * n, steps / 5, beta1=0.8)
+    return _clipped(0.7, max(7.0 * n, 3e8), steps / 5, beta1=0.8)
 
 
 def finetuning(n: int, steps: int) -> Settings:
     """All weights of a pretrained model; a weight moves by 6e-5 at most."""
-    return _clipped(0.06, 2000 * n, steps / 10)
+    return _clipped(0.06, max(2e3 * n, 3e6), steps / 10)
 
 
 def lora(n: int, steps: int) -> Settings:
     """Low-rank adapters; a weight moves by 3e-4 at most, and the prior is flat."""
-    return _clipped(0.3, 20_000 * n, steps / 10) | {"weight_decay": 0.0}
+    return _clipped(0.3, max(2e4 * n, 1e7), steps / 10) | {"weight_decay": 0.0}
 
 
 PRESETS: dict[str, Callable[[int, int], Settings]] = {
