@@ -157,7 +157,11 @@ def test_auto_needs_weights():
 
 @pytest.mark.parametrize("task", PRESETS)
 def test_defaults_train_with_warm_up_and_decay(task):
-    """Nothing is set but what a user knows. From scratch the loss falls by a half at least."""
+    """Nothing is set but what a user knows; the loss falls, also averaged over samples.
+
+    To a half where the task is one for small networks; the others expect small gradients, or to
+    begin near the end.
+    """
     torch.manual_seed(0)
     x, steps = torch.randn(512, 8), 400
     y = x[:, :3].argmax(1)
@@ -175,7 +179,7 @@ def test_defaults_train_with_warm_up_and_decay(task):
         opt.step()
         rate.step()
     probs = predict(model, opt.posterior(model), x, samples=16).probs
-    most = before * {"finetuning": 0.97, "lora": 0.85}.get(task, 0.5)  # those begin near the end
+    most = before * {"language": 0.8, "finetuning": 0.97, "lora": 0.85}.get(task, 0.5)
     assert loss(model(x), y).item() < most
     assert -probs.gather(1, y[:, None]).log().mean().item() < most
 

@@ -203,7 +203,7 @@ class IVON(Optimizer):
             task: from scratch "vision" (with batch norm or the like), "plain" (without it),
                 "tabular" (small networks, few rows) or "language"; "finetuning" of all weights, or
                 "lora".
-            n_train: number of training examples; of tokens for "language".
+            n_train: number of training examples; "language" does not ask.
             steps: that training will take.
 
         Raises:

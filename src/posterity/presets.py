@@ -36,8 +36,11 @@ def _clipped(lr: float, ess: float, memory: float, beta1: float = 0.9) -> Settin
 
 
 def language(n: int, steps: int) -> Settings:
-    """From scratch, n tokens; a weight moves by 7e-4 at most, and h forgets in a fifth of it."""
-    return _clipped(0.7, max(7.0 * n, 3e8), steps / 5, beta1=0.8)
+    """From scratch; a weight moves by 7e-4 at most, and h forgets in a fifth of the steps.
+
+    λ over h's memory is 1e6: above it noise in h shortens the steps, below it all are clipped.
+    """
+    return _clipped(0.7, 2e5 * steps, steps / 5, beta1=0.8)
 
 
 def finetuning(n: int, steps: int) -> Settings:
