@@ -72,8 +72,8 @@ def training_curves(name: str, curves: Sequence[tuple[int, list[float], list[flo
 
 def risk_curves(name: str, curves: Sequence[tuple[int, list[float], list[float]]]) -> Markup:
     """Error over the share of answers given, one line per (series index, shares, errors)."""
-    with _figure(520, 230, name) as (figure, drawn):
-        axes = _axes(figure, 36, 36, 462, 174, "errors among them")
+    with _figure(340, 216, name) as (figure, drawn):
+        axes = _axes(figure, 36, 36, 284, 160, "errors among them")
         for index, shares, errors in curves:
             axes.plot(shares, errors, color=series(index), ls=_dashes(index))
         axes.set(xlim=(0, 1), xticks=TICKS, xlabel="share of images that are answered")
