@@ -215,7 +215,7 @@ class IVON(Optimizer):
             >>> model = torch.nn.Linear(3, 2)
             >>> settings = IVON.defaults_for("vision", n_train=50_000, steps=7820)
             >>> settings["lr"], settings["hess_init"]
-            (1.0, 'auto')
+            (2.0, 0.5)
             >>> opt = IVON(model.parameters(), **settings)
 
         Source: what ``posterity study defaults`` measures beside tuned AdamW, and for "lora" what
