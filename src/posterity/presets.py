@@ -28,7 +28,8 @@ def tabular(n: int, steps: int) -> Settings:
 def _clipped(lr: float, ess: float, memory: float, beta1: float = 0.9) -> Settings:
     """Where SGD does not train well: steps of at most ``lr`` times the clip, in AdamW's scale.
 
-    Weights bear only so much noise, however few the examples: ``ess`` has a least value.
+    Weights bear only so much noise, however few the examples: where ``ess`` follows them it has a
+    least value.
     """
     bound = {"clip_radius": 1e-3, "rescale_lr": False, "weight_decay": 1e-6}
     betas = (beta1, 1 - 1 / max(memory, 1))

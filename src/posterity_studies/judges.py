@@ -13,7 +13,6 @@ from typing import Any
 
 Verdict = tuple[bool, str]
 Metrics = Mapping[str, float]
-EQUAL = 0.003  # of accuracies
 OPTIMIZERS = ("IVON", "SGD", "AdamW")
 
 
@@ -82,7 +81,7 @@ def classified(result: Any) -> Verdict:
 
 def _as_accurate(ivon: Metrics, sgd: Metrics, adamw: Metrics) -> Verdict:
     peers = adamw, sgd
-    holds = all(ivon["accuracy"] >= p["accuracy"] - EQUAL for p in peers)
+    holds = all(ivon["accuracy"] >= p["accuracy"] - 0.003 for p in peers)
     holds &= all(ivon[k] < p[k] for k in ("nll", "ece") for p in peers)
     named = zip(OPTIMIZERS, (ivon, sgd, adamw), strict=True)
     ours = "; ".join(
@@ -150,9 +149,8 @@ def finetuned(result: Any) -> Verdict:
     names = {"IVON": "ivon, averaged", "AdamW": "adamw, the mean"}
     accuracy = {name: mean(method, "accuracy") for name, method in names.items()}
     nll = {name: mean(method, "nll") for name, method in names.items()}
-    holds = accuracy["IVON"] >= accuracy["AdamW"] - EQUAL
-    told = _told(accuracy, "{:.2%}")
-    return holds, f"accuracy (.3 points count as equal) {told}; NLL {_told(nll, '{:.3f}')}"
+    holds = accuracy["IVON"] >= accuracy["AdamW"]
+    return holds, f"accuracy {_told(accuracy, '{:.2%}')}; NLL {_told(nll, '{:.3f}')}"
 
 
 def merged(result: Any) -> Verdict:

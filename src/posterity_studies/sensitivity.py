@@ -93,7 +93,7 @@ class Sensitivity:
             class_names=known.class_names,
             images=task.train_images[: self.first],
             provenance=runs.provenance(result["seed"], task.digest),
-            test_loss=None if result["validation"] else result["evaluations"]["mean"]["nll"],
+            test_loss=None if result.get("validation") else result["evaluations"]["mean"]["nll"],
         )
         _show(found, probs, targets, known.class_names)
         print(f"table: {path.resolve()}\ngallery: {gallery.resolve()}")
