@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,8 +20,9 @@ from rich.console import Console
 
 from posterity import predict
 from posterity.selective import abstention
-from posterity_studies import compare, data, recipes, runs, tasks, train, tune
+from posterity_studies import compare, data, jobs, recipes, runs, tasks, train, tune
 from posterity_studies.recipes import UserError
+from posterity_studies.train import silent
 
 
 def command(*arguments):
@@ -391,51 +394,69 @@ def test_report_is_of_one_run_or_of_several(call, run, tmp_path):
     (run / "report.html").unlink()
 
 
-def test_tune_keeps_the_lowest_validation_nll(environment, tmp_path, monkeypatch):
+def test_tune_lets_the_best_third_go_on(environment, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
-    monkeypatch.setattr(tune, "VALIDATION", 100)
     monkeypatch.setattr(tune, "FINALISTS", 2)
     smoke = recipes.recipe("smoke")
-    space = smoke.search["sgd"]
-    only = {"sgd": smoke.optimizers["sgd"]}
-    small = replace(smoke, epochs=1, optimizers=only, search={"sgd": space})
-    found = tune.tune(small, n=3, jobs=2, out=tmp_path)["sgd"]
-    tune.draw(tmp_path / "tune.png", {"sgd": found, "recipe": "smoke"})
+    names = ("sgd", "adamw")
+    small = replace(
+        smoke,
+        epochs=3,
+        validation=100,
+        optimizers={o: smoke.optimizers[o] for o in names},
+        search={o: smoke.search[o] for o in names},
+    )
+
+    def search(where, first=None):
+        return tune.tune(small, 3, jobs.Engine(2), tmp_path / where, silent, first)
+
+    found = search("halved")
+    tune.draw(tmp_path / "tune.png", found)
     assert Image.open(tmp_path / "tune.png").size > (400, 400)
-    one, other, last = found["trials"]
-    assert [trial["seeds"] for trial in found["trials"]] == [3, 3, 1]
-    assert one["validation"]["nll"] <= other["validation"]["nll"]
-    assert found["best"] == one["settings"]
+    epochs = {o: [] for o in names}
+    for o in names:
+        results = [runs.read_json(p) for p in tmp_path.glob(f"halved/{o}-*/result.json")]
+        assert all(r["validation"] == 100 for r in results)
+        keys = [(r["settings"]["lr"], r["epochs"], r["seed"]) for r in results]
+        losses = {k: r["evaluations"]["mean"]["nll"] for k, r in zip(keys, results, strict=True)}
+        epochs[o] = sorted(key[1:] for key in losses)
+        first = sorted((nll, key[0]) for key, nll in losses.items() if key[1:] == (1, 0))
+        assert len(first) == 3
+        one, other, last = found[o]["trials"]
+        assert {t["settings"]["lr"] for t in (one, other)} == {lr for _, lr in first[:2]}
+        assert last["settings"]["lr"] == first[2][1]
+        assert last["validation"] == {"nll": pytest.approx(first[2][0])}
+        assert [(t["epochs"], t["seeds"]) for t in found[o]["trials"]] == [(3, 3), (3, 3), (1, 1)]
+        seeds = [losses[one["settings"]["lr"], 3, seed] for seed in (0, 1, 2)]
+        assert one["validation"]["nll"] == pytest.approx(sum(seeds) / 3)
+        assert one["validation"]["nll"] <= other["validation"]["nll"]
+        assert found[o]["best"] == one["settings"]
+    assert epochs["sgd"] == epochs["adamw"]  # the same budget
 
-    def nll(folder):
-        return runs.read_json(folder / "result.json")["evaluations"]["mean"]["nll"]
-
-    def settings(folder):
-        given = runs.read_json(folder / "config.json")["settings"]
-        return {key: given[key] for key in space}
-
-    first = {folder: nll(folder) for folder in tmp_path.glob("sgd-*-seed0")}
-    assert settings(max(first, key=first.__getitem__)) == last["settings"]
-    seeds = [f for f in tmp_path.glob("sgd-*") if settings(f) == one["settings"]]
-    assert one["validation"]["nll"] == pytest.approx(sum(map(nll, seeds)) / 3)
-    tried = [trial["settings"] for trial in found["trials"]]
-    spread = tune.trials(space, 2)
-    assert all(s in tried for s in spread)
-    better = settings(min((f for f in first if settings(f) in spread), key=first.__getitem__))
-    assert tune.trials(tune.around(better, space), 1, seed=1)[0] in tried
-    assert runs.read_json(tmp_path / "sgd-00-seed0/result.json")["validation"] == 100
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("halved/*/result.json")}
+    again = search("halved")
+    assert {o: again[o] for o in names} == {o: found[o] for o in names}
+    assert {p: p.stat().st_mtime_ns for p in times} == times, "finished runs were run again"
+    whole = search("whole", first=3)
+    assert not [*tmp_path.glob("whole/*epochs=1*")]
+    assert {t["epochs"] for o in names for t in whole[o]["trials"]} == {3}
 
 
-def test_trials_fill_the_search_space():
-    chosen = recipes.recipe("fashion-mnist")
-    for space in chosen.search.values():
-        found = tune.trials(space, 16)
-        assert found[:4] == tune.trials(space, 4)
-        for key, (low, high) in space.items():
-            inside = [t[key] for t in found]
-            assert all(low <= v <= high for v in inside)
-            middle = (low * high) ** 0.5
-            assert sum(v < middle for v in inside) == 8  # a Sobol sequence is balanced
+def test_a_trial_may_diverge(tmp_path):
+    smoke = replace(recipes.recipe("smoke"), validation=100)
+    far = tune.validated(smoke, "sgd", tmp_path, 0, 1, {"lr": 1e20})
+    assert set(far.values()) == {math.inf}
+    run = tune.Run(call=(smoke, "sgd", tmp_path, 0), epochs=1, lr=1e20)
+    assert run.fit([[0]]).score([[0]]) == -tune.WORST
+
+
+def test_trials_lie_in_the_search_space():
+    for space in recipes.recipe("fashion-mnist").search.values():
+        for low, high in space.values():
+            drawn = [tune.LogUniform(low, high).rvs(np.random.RandomState(k)) for k in range(400)]
+            assert all(low <= value <= high for value in drawn)
+            below = sum(value < (low * high) ** 0.5 for value in drawn)
+            assert abs(below - 200) < 4 * 10  # of a binomial's standard deviation
 
 
 def test_recipe_settings_are_those_that_tune_found():
