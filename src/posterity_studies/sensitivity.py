@@ -84,6 +84,11 @@ class Sensitivity:
             values[name] = [known.class_names[c] for c in values[name]]
         with runs.replacing(path) as temporary:
             write(temporary, values)
+        tested = None
+        if not result.get("validation"):  # else the test images are not to be looked at
+            log_probs = predict(model, None, task.test[0], batch_size=BATCH).log_probs
+            classes = task.test[1]
+            tested = -log_probs.gather(1, classes[:, None])[:, 0], classes
         gallery = write_sensitivity(
             self.gallery or self.run / "sensitivity.html",
             title=f"The training images {self.run.name} hangs on",
@@ -93,7 +98,7 @@ class Sensitivity:
             class_names=known.class_names,
             images=task.train_images[: self.first],
             provenance=runs.provenance(result["seed"], task.digest),
-            test_loss=None if result.get("validation") else result["evaluations"]["mean"]["nll"],
+            tested=tested,
         )
         _show(found, probs, targets, known.class_names)
         print(f"table: {path.resolve()}\ngallery: {gallery.resolve()}")

@@ -47,11 +47,17 @@ def pages(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     values = torch.rand(3, n, generator=generator)
     perturbed = Perturbation(*values, torch.ones(n, dtype=torch.long))
+    tested = values[2], content["targets"]
     shown = {k: content[k] for k in ("targets", "class_names", "images", "provenance")}
     return {
         "comparison": write_comparison(folder / "comparison.html", **content),
         "sensitivity": write_sensitivity(
-            folder / "sensitivity.html", title="t", found=perturbed, probs=probs, **shown
+            folder / "sensitivity.html",
+            title="t",
+            found=perturbed,
+            probs=probs,
+            tested=tested,
+            **shown,
         ),
         "merge": write_merge(
             folder / "merge.html",

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import re
 import shutil
+from statistics import fmean
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from posterity import Posterior, sensitivity
 from posterity_studies import recipes, runs, tasks, train
@@ -47,6 +50,18 @@ def test_the_gallery_shows_the_most_sensitive_first(call, run):
     assert page.count("data:image/png") == 240 + 24
     test_loss = runs.read_json(run / "result.json")["evaluations"]["mean"]["nll"]
     assert f"the test loss {test_loss:.4f}." in page
+    result, model, _ = runs.load(run)
+    task = tasks.load_task(runs.recipe_of(result))
+    with torch.no_grad():
+        losses = cross_entropy(model(task.test[0]), task.test[1], reduction="none")
+    for c, name in enumerate(LISTINGS["fashion-mnist"].class_names):
+        row = re.search(rf'<th scope="row">{re.escape(name)}</th>(.*)</tr>', page)[1]
+        cells = re.findall(r"<td>([^<]*)</td>", row)
+        mine = [r for r in rows if r["label"] == name]
+        means = [fmean(float(r[key]) for r in mine) for key in ("loss", "left_out_loss")]
+        means.append(losses[task.test[1] == c].mean().item())
+        assert cells[3:6] == [f"{mean:.3f}" for mean in means]
+        assert row.count("<circle") == 2
     assert "http" not in page.replace("http-equiv", "")
 
 

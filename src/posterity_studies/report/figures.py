@@ -102,6 +102,21 @@ def strip(low: float, high: float, quantiles: Sequence[float], mark: float) -> M
     )
 
 
+def losses(top: float, trained: float, left_out: float, test: float | None) -> Markup:
+    """Losses on an axis from 0 to top: a ring, a dot that a line joins with it, an upright bar."""
+    seen = [trained, left_out] + [test] * (test is not None)
+    if not np.isfinite(seen).all():
+        return Markup()
+    x = [f"{4 + 184 * min(max(loss / top, 0), 1):.1f}" for loss in seen]
+    ink = 'stroke="var(--series-0)"'
+    ring = f'<path d="M{x[0]} 8H{x[1]}" {ink}/><circle cx="{x[0]}" cy="8" r="3" fill="var(--card)"'
+    bar = "".join(f'<path d="M{at} 2V14" stroke="var(--ink)" stroke-width="2"/>' for at in x[2:])
+    return Markup(
+        f'<svg class="strip" viewBox="0 0 192 16" aria-hidden="true">{ring} {ink}/>'
+        f'<circle cx="{x[1]}" cy="8" r="3.5" fill="var(--series-0)"/>{bar}</svg>'
+    )
+
+
 def strip_axis(low: int, high: int) -> Markup:
     """The decades above strips of decimal logarithms."""
     step = -(-(high - low) // 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from posterity.perturbation import Perturbation, grouped
+from posterity_studies.report import figures
 from posterity_studies.report.comparison import PAGES, write_page
 from posterity_studies.report.gallery import STEP, Gallery, cards
 
@@ -25,23 +27,32 @@ def write_sensitivity(
     class_names: Sequence[str],
     images: Tensor,
     provenance: Mapping[str, str],
-    test_loss: float | None = None,
+    tested: tuple[Tensor, Tensor] | None = None,
 ) -> Path:
     """Write the gallery to `path`, whole or not at all, and return the path.
 
     `probs` (n, C) are the model's for its own training images, `images` uint8 (n, h, w[, 3]),
-    `test_loss` what the leave-one-out estimate is one of, if it was measured.
+    `tested` losses and classes (m,) of test images, of which the leave-one-out estimate is one.
     """
     scores, doubted = found.sensitivity, probs.argmax(1) != targets
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order].isfinite()]
     held = scores[order].double().cumsum(0)
-    classes = grouped(scores, targets)
-    shares = grouped(doubted.float(), targets).mean
-    by_class = [
-        {"name": class_names[c], "mean": m, "error": e, "count": n, "doubted": d}
-        for c, m, e, n, d in zip(*(x.tolist() for x in (*classes, shares)), strict=True)
+    columns = [*grouped(scores, targets)]
+    columns += [grouped(x, targets).mean for x in (doubted.float(), found.loss, found.left_out)]
+    keys = ("class", "mean", "error", "count", "doubted", "trained", "left_out")
+    classes = [
+        dict(zip(keys, row, strict=True))
+        for row in zip(*(column.tolist() for column in columns), strict=True)
     ]
+    means = grouped(*tested) if tested else None
+    test = dict(zip(means.group.tolist(), means.mean.tolist(), strict=True)) if means else {}
+    for row in classes:
+        row |= {"name": class_names[row["class"]], "test": test.get(row["class"])}
+    seen = [row[key] for row in classes for key in ("trained", "left_out", "test")]
+    top = max((loss for loss in seen if loss is not None and math.isfinite(loss)), default=1.0)
+    for row in classes:
+        row["strip"] = figures.losses(top or 1.0, row["trained"], row["left_out"], row["test"])
 
     values = {"sensitivity": scores, "loss": found.loss}
     words = {
@@ -68,8 +79,8 @@ def write_sensitivity(
         share=(int((held < held[-1] / 2).sum()) + 1) / len(scores),
         nll=(found.left_out * found.count).sum().item() / found.count.sum().item(),
         loss=(found.loss * found.count).sum().item() / found.count.sum().item(),
-        classes=sorted(by_class, key=lambda c: -c["mean"]),
-        test=test_loss,
+        classes=sorted(classes, key=lambda c: -c["mean"]),
+        test=float(tested[0].double().mean()) if tested else None,
         most=gallery(order[:MOST], orders),
         least=gallery(order.flip(0)[:STEP]),
         provenance=provenance,
