@@ -104,7 +104,7 @@ def strip(low: float, high: float, quantiles: Sequence[float], mark: float) -> M
 
 def losses(top: float, trained: float, left_out: float, test: float | None) -> Markup:
     """Losses on an axis from 0 to top: a ring, a dot that a line joins with it, an upright bar."""
-    seen = [trained, left_out] + [test] * (test is not None)
+    seen = [trained, left_out] if test is None else [trained, left_out, test]
     if not np.isfinite(seen).all():
         return Markup()
     x = [f"{4 + 184 * min(max(loss / top, 0), 1):.1f}" for loss in seen]

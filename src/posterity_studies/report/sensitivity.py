@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def write_sensitivity(
     columns = [*grouped(scores, targets)]
     columns += [grouped(x, targets).mean for x in (doubted.float(), found.loss, found.left_out)]
     keys = ("class", "mean", "error", "count", "doubted", "trained", "left_out")
-    classes = [
+    classes: list[dict[str, Any]] = [
         dict(zip(keys, row, strict=True))
         for row in zip(*(column.tolist() for column in columns), strict=True)
     ]
