@@ -74,18 +74,15 @@ class Scale:
     corpus: str | None = None
 
 
-NETWORK = GPTConfig(4, 4, 256, 128, vocabulary=256)
-# As many tokens in 1500 steps of 24 sequences leave IVON 1.2 % behind (docs/studies.md): where most
-# steps are clipped their noise is a sign's, and the paper's batches are eighty times as large.
-DESK = Pretraining(NETWORK, steps=750, batch=48, micro=48, warmup=50, bf16=True, every=50)
+DESK = Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True)
 SCALES = {
     "desk": Scale(
         DESK,
         trials(
-            ((2.5e-3, 0.95, 0.9), (2.5e-3, 0.95, 0.8), (4e-3, 0.95, 0.9), (4e-3, 0.95, 0.8)),
+            ((2e-3, 0.95), (2.5e-3, 0.95), (2.5e-3, 0.99), (2.5e-3, 0.95, 0.8)),
             (
-                *((700.0, 3e8, 300.0, 0.8), (700.0, 1.5e8, 150.0, 0.8)),
-                *((1000.0, 3e8, 300.0, 0.8), (1000.0, 3e8, 300.0, 0.9)),
+                *((500.0, 3e8, 300.0), (500.0, 3e8, 300.0, 0.85)),
+                *((700.0, 3e8, 300.0, 0.8), (400.0, 3e8, 300.0, 0.8, 1.5e-3)),
             ),
         ),
     ),
