@@ -26,6 +26,7 @@ from posterity_studies import (
     studies,
     tasks,
     train,
+    tune,
 )
 from posterity_studies.data import tokens
 from posterity_studies.merge import Merge
@@ -180,8 +181,9 @@ class Tune:
     trials: int = 10
     """Trials for each optimizer."""
     first: int | None = None
-    """Epochs of the first round; by default a ninth of the recipe's for 9 to 26 trials. The
-    recipe's own number trains every trial in full, which takes longer and is fooled less."""
+    """Epochs of the first round; by default a ninth of the recipe's for 9 to 26 trials, at least
+    one. The recipe's own number trains every trial in full: that takes longer, and is fooled
+    less."""
     jobs: int = 2
     """Trials at a time; the processor's cores are divided among them."""
     out: Path | None = None
@@ -190,18 +192,19 @@ class Tune:
     """Where to write the search's table as JSON."""
 
     def __call__(self) -> None:
-        if min(self.trials, self.jobs, self.first or 1) < 1:
-            raise UserError("tune needs trials >= 1, jobs >= 1 and first >= 1")
-        from posterity_studies import tune  # scikit-learn: a second
-
         chosen = recipe(self.recipe)
+        if self.trials < 1 or self.jobs < 1:
+            raise UserError("tune needs trials >= 1 and jobs >= 1")
+        if self.first is not None and not 0 < self.first <= chosen.epochs:
+            raise UserError(f"--first must be between 1 and {chosen.epochs}, the recipe's epochs")
         out = self.out or Path("runs/tune") / chosen.name
-        found = tune.tune(chosen, self.trials, jobs.Engine(self.jobs), out, bar, self.first)
+        with jobs.on(jobs.Engine(self.jobs)):
+            found = tune.tune(chosen, self.trials, out, bar, self.first)
         path = self.results or out / "tune.json"
         runs.write_json(path, found)
         tune.draw(path.with_suffix(".png"), found)
         print(f"table and picture: {path}, {path.with_suffix('.png')}")
-        for optimizer in chosen.optimizers:
+        for optimizer in (o for o in chosen.search if o in found):
             best = found[optimizer]["trials"][0]
             print(f"{optimizer}: {best['settings']}, validation {best['validation']}")
 

@@ -45,11 +45,6 @@ class Engine:
         """Whether all runs in this process."""
         return self.slurm is None and self.at_a_time == 1
 
-    @property
-    def threads(self) -> int:
-        """Of a process here."""
-        return max((os.cpu_count() or 1) // self.at_a_time, 1)
-
     def __post_init__(self):
         if self.at_a_time < 1 or self.minutes < 1:
             raise UserError("needs --jobs of at least 1, and at least a minute")
@@ -108,7 +103,7 @@ def each(
         how = {"progress": progress} if bars else {}
         here = enumerate(partial(function, *call, **how) for call in calls)
         return _gathered(here if bars else progress(here, len(calls), label), names, label)
-    threads = engine.threads
+    threads = max((os.cpu_count() or 1) // engine.at_a_time, 1)
     context, before = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     with (
         _environment(runs.environment(OMP_NUM_THREADS=str(threads))),

@@ -85,7 +85,7 @@ class Sensitivity:
         with runs.replacing(path) as temporary:
             write(temporary, values)
         tested = None
-        if not result.get("validation"):  # else the test images are not to be looked at
+        if not result.get("validation"):  # else the task's test images are those held out
             log_probs = predict(model, None, task.test[0], batch_size=BATCH).log_probs
             classes = task.test[1]
             tested = -log_probs.gather(1, classes[:, None])[:, 0], classes

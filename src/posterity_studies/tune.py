@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from joblib import parallel_config
+import torch
 from matplotlib.ticker import LogLocator
-from sklearn.base import BaseEstimator
-from sklearn.experimental import enable_halving_search_cv  # noqa: F401
-from sklearn.model_selection import HalvingRandomSearchCV
 
 from posterity_studies import compare, jobs, runs
-from posterity_studies.recipes import Diverged, Recipe
+from posterity_studies.recipes import Range, Recipe, UserError
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.tasks import load_task
 from posterity_studies.train import Progress, train
@@ -26,148 +24,127 @@ KEPT = ("nll", "accuracy", "ece", "brier")
 FACTOR = 3  # a third of the trials goes on, for three times as long
 FINALISTS = 3  # trials of each optimizer that are trained again
 SEEDS = (0, 1, 2)  # with these seeds
-WORST = 1e3  # nats: of a trial that diverged, for scikit-learn sorts finite scores
 
+Given = dict[str, float]  # settings
 Trial = dict[str, Any]  # settings, epochs, number of seeds, mean validation metrics
 
 
-@dataclass(frozen=True)
-class LogUniform:
-    """A range to draw from, to three digits."""
+def trials(space: Mapping[str, Range], n: int) -> list[Given]:
+    """``n`` settings spread over a space: a Sobol sequence on logarithmic axes.
 
-    low: float
-    high: float
-
-    def rvs(self, random_state: Any) -> float:
-        """A value, as scikit-learn asks for it."""
-        return float(f"{self.low * (self.high / self.low) ** random_state.uniform():.3g}")
-
-
-class Run(BaseEstimator):
-    """A run as scikit-learn trains one: ``given`` has settings, ``epochs``, and ``call``,
-    which is what else :func:`validated` takes.
+    The sequence is fixed, so that an interrupted search can be taken up again.
     """
-
-    def __init__(self, **given: Any):
-        self.given = given
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        return dict(self.given)
-
-    def set_params(self, **given: Any) -> Run:
-        self.given = self.given | given
-        return self
-
-    def fit(self, images: Any, labels: Any = None) -> Run:
-        """Train; the recipe knows its own images."""
-        settings = dict(self.given)
-        call, epochs = settings.pop("call"), settings.pop("epochs")
-        self.loss = validated(*call, epochs=epochs, settings=settings)["nll"]
-        return self
-
-    def score(self, images: Any, labels: Any = None) -> float:
-        return -min(self.loss, WORST)
+    points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(n)
+    return [
+        {
+            key: float(f"{low * (high / low) ** u:.3g}")
+            for (key, (low, high)), u in zip(space.items(), point.tolist(), strict=True)
+        }
+        for point in points
+    ]
 
 
-def validated(
-    recipe: Recipe,
-    optimizer: str,
-    out: Path,
-    seed: int,
-    epochs: int,
-    settings: Mapping[str, float],
-) -> dict[str, float]:
-    """Metrics on the recipe's validation images; infinite where the training diverged.
+def rounds(epochs: int, n: int, first: int | None = None) -> list[int]:
+    """Epochs of each round: from ``first`` three times as many each time, at last all ``epochs``.
 
-    IVON is judged with posterior samples, as it will be used. What is finished is read.
+    By default so few at first that the last round has the best of ``n`` by threes.
+
+    >>> rounds(18, 12), rounds(100, 12), rounds(18, 12, first=18)
+    ([2, 6, 18], [12, 36, 100], [18])
     """
-    given = replace(recipe.settings(optimizer), **settings)
-    chosen = replace(recipe, epochs=epochs, optimizers={optimizer: given})
-    folder = out / "-".join([optimizer, *(f"{k}={v:g}" for k, v in settings.items())])
-    folder = folder.with_name(f"{folder.name}-epochs={epochs}-seed{seed}")
-    try:
-        evaluations = train(chosen, optimizer, seed, folder)["evaluations"]
-    except Diverged:
-        found = dict.fromkeys(KEPT, math.inf)
-    else:
-        found = evaluations.get("samples") or evaluations["mean"]
-    print(f"{folder.name}: validation NLL {found['nll']:.4f}", flush=True)
-    return {key: found[key] for key in KEPT}
-
-
-def halved(
-    recipe: Recipe, optimizer: str, n: int, first: int | None, engine: jobs.Engine, out: Path
-) -> list[Trial]:
-    """Each trial at its longest, best first: the longer ones, and then by NLL.
-
-    Each round trains from the start, under a schedule of its own length: a trial that was merely
-    cut short would favour small rates.
-    """
-    space = {key: LogUniform(*ends) for key, ends in recipe.search[optimizer].items()}
-    call = (recipe, optimizer, out, SEEDS[0])
-    shortest = min(first, recipe.epochs) if first else "exhaust"
-    options: dict[str, Any] = {"n_candidates": n, "factor": FACTOR, "resource": "epochs"}
-    options |= {"min_resources": shortest, "max_resources": recipe.epochs}
-    options |= {"cv": [([0], [1])], "refit": False, "return_train_score": False}
-    options |= {"error_score": "raise", "random_state": 0, "n_jobs": engine.at_a_time}
-    run = Run(call=call, epochs=recipe.epochs, **dict.fromkeys(space, 1.0))
-    search = HalvingRandomSearchCV(run, space, **options)
-    with parallel_config("loky", inner_max_num_threads=engine.threads):
-        search.fit([[0], [1]])
-    longest: dict[tuple[float, ...], Trial] = {}
-    columns = ("params", "n_resources", "mean_test_score")
-    for given, epochs, score in zip(*(search.cv_results_[c] for c in columns), strict=True):
-        settings = {key: given[key] for key in space}
-        trial = {"settings": settings, "epochs": int(epochs), "seeds": 1}
-        longest[tuple(settings.values())] = trial | {"validation": {"nll": -float(score)}}
-    return sorted(longest.values(), key=lambda t: (-t["epochs"], _nll(t)))
+    times = FACTOR ** int(math.log(n, FACTOR) + 1e-9)
+    length, found = -(-epochs // times) if first is None else first, []
+    while length < epochs:
+        found.append(length)
+        length *= FACTOR
+    return [*found, epochs]
 
 
 def tune(
-    recipe: Recipe,
-    n: int,
-    engine: jobs.Engine,
-    out: Path,
-    progress: Progress,
-    first: int | None = None,
+    recipe: Recipe, n: int, out: Path, progress: Progress, first: int | None = None
 ) -> dict[str, Any]:
-    """``n`` trials of every optimizer, as many epochs for each; the lowest NLL is best.
+    """``n`` trials of every optimizer, and as many epochs; the lowest NLL is best.
 
-    The best :data:`FINALISTS` are then trained in full with more seeds, and the lowest mean NLL
-    wins: one seed alone would choose by luck. Finished runs are not run again.
+    After each round the better third goes on. It is trained from the start, under a schedule of the
+    round's own length: trials that are merely cut short favour small rates. The best
+    :data:`FINALISTS` are then trained in full with more seeds, and the lowest mean NLL wins: one
+    seed alone would choose by luck. IVON is judged with posterior samples, as it will be used.
+    Finished runs are not run again.
 
     Args:
         recipe: what is trained, and where to search.
-        n: trials of each optimizer, drawn from its search space.
-        engine: how many run at a time.
+        n: trials of each optimizer, spread over its search space.
         out: folder of the runs.
-        progress: of the finalists.
-        first: epochs of the first round, by default so few that the last has three trials at most;
-            with the recipe's own number there is but one round.
+        progress: of the runs of each round.
+        first: epochs of the first round (see :func:`rounds`).
 
     Returns:
         Facts and provenance of the search, and optimizer → {"best", "trials"}: trials with
-        settings, epochs, number of seeds and mean validation metrics; finalists first.
+        settings, epochs, number of seeds and mean validation metrics; finalists first, then the
+        longest, each part by NLL.
+
+    Raises:
+        UserError: the recipe has no search space, or all finalists of an optimizer diverged.
     """
+    spaces = {o: space for o, space in recipe.search.items() if o in recipe.optimizers}
+    if not spaces:
+        raise UserError(f"{recipe.name} has no search space")
     recipe = replace(recipe, validation=recipe.validation or VALIDATION)
-    ranked = {o: halved(recipe, o, n, first, engine, out) for o in recipe.search}
-    finals = [(o, t) for o, trials in ranked.items() for t in trials[:FINALISTS]]
-    calls = [
-        (recipe, o, out, seed, recipe.epochs, t["settings"]) for o, t in finals for seed in SEEDS
-    ]
-    with jobs.on(engine):
-        found = jobs.each(validated, calls, progress, "finalists")
-    best: dict[str, list[Trial]] = {o: [] for o in ranked}
-    for k, (o, t) in enumerate(finals):
-        each = found[k * len(SEEDS) : (k + 1) * len(SEEDS)]
-        mean = {key: fmean(metrics[key] for metrics in each) for key in KEPT}
-        trained = {"epochs": recipe.epochs, "seeds": len(SEEDS), "validation": mean}
-        best[o].append({"settings": t["settings"], **trained})
+    going = {o: trials(space, n) for o, space in spaces.items()}
+    table: dict[str, list[Trial]] = {o: [] for o in spaces}
+    for epochs in rounds(recipe.epochs, n, first):
+        ranked = _judged(recipe, going, epochs, SEEDS[:1], out, progress)
+        for o, best in ranked.items():
+            table[o] = best + [t for t in table[o] if t["settings"] not in going[o]]
+            going[o] = [t["settings"] for t in best[: -(-len(best) // FACTOR)]]
+    finalists = {o: [t["settings"] for t in table[o][:FINALISTS]] for o in spaces}
+    finals = _judged(recipe, finalists, recipe.epochs, SEEDS, out, progress)
     facts = {"recipe": recipe.name, "epochs": recipe.epochs, "validation": recipe.validation}
-    for o, trials in ranked.items():
-        table = sorted(best[o], key=_nll) + trials[FINALISTS:]
-        facts[o] = {"best": table[0]["settings"], "trials": table}
+    for o, best in finals.items():
+        if _nll(best[0]) == math.inf:
+            raise UserError(f"all finalists of {o} diverged: let the recipe search smaller rates")
+        facts[o] = {"best": best[0]["settings"], "trials": best + table[o][FINALISTS:]}
     return facts | {"provenance": runs.provenance(0, load_task(recipe).digest)}
+
+
+def _judged(
+    recipe: Recipe,
+    settings: Mapping[str, Sequence[Given]],
+    epochs: int,
+    seeds: Sequence[int],
+    out: Path,
+    progress: Progress,
+) -> dict[str, list[Trial]]:
+    """Each optimizer's trials, best first; one that diverged with a seed is infinitely bad."""
+    work = [(o, each) for o, every in settings.items() for each in every]
+    calls = [(recipe, o, each, epochs, seed, out) for o, each in work for seed in seeds]
+    attempt = partial(jobs.unless_diverged, validated)
+    some = f"runs of {epochs} epochs"
+    found = jobs.each(attempt, calls, progress, some, [_folder(*call[1:]) for call in calls])
+    done: dict[str, list[Trial]] = {o: [] for o in settings}
+    for k, (o, each) in enumerate(work):
+        metrics = found[k * len(seeds) : (k + 1) * len(seeds)]
+        mean = {key: fmean(m[key] if m else math.inf for m in metrics) for key in KEPT}
+        trial = {"settings": each, "epochs": epochs, "seeds": len(seeds), "validation": mean}
+        done[o].append(trial)
+    return {o: sorted(every, key=_nll) for o, every in done.items()}
+
+
+def validated(
+    recipe: Recipe, optimizer: str, settings: Given, epochs: int, seed: int, out: Path
+) -> dict[str, float]:
+    """Metrics on the recipe's validation images; what is finished is read."""
+    given = replace(recipe.settings(optimizer), **settings)
+    chosen = replace(recipe, epochs=epochs, optimizers={optimizer: given})
+    folder = _folder(optimizer, settings, epochs, seed, out)
+    evaluations = train(chosen, optimizer, seed, folder)["evaluations"]
+    found = evaluations.get("samples") or evaluations["mean"]
+    return {key: found[key] for key in KEPT}
+
+
+def _folder(optimizer: str, settings: Given, epochs: int, seed: int, out: Path) -> Path:
+    told = "-".join(f"{key}={value:g}" for key, value in settings.items())
+    return out / f"{optimizer}-{told}-epochs={epochs}-seed{seed}"
 
 
 def _nll(trial: Trial) -> float:
@@ -190,7 +167,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
                 if key == "noise":
                     given = {key: (given.get("temperature", 1) / given["hess_init"]) ** 0.5}
                 fill = "C0" if trial["seeds"] > 1 else "none"
-                size = 3 + 3 * trial.get("epochs", found["epochs"]) / found["epochs"]
+                size = 3 + 3 * trial["epochs"] / found["epochs"]
                 panel.plot(given[key], _nll(trial), "o", mfc=fill, mec="C0", ms=size)
             label(
                 panel, compare.LABELS[optimizer], name, "validation NLL, nats" * (panel is drawn[0])
@@ -199,6 +176,6 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             panel.xaxis.set_major_formatter("{x:g}")
             panel.minorticks_off()
-        finite = [_nll(t) for table in tables.values() for t in table if _nll(t) < WORST]
+        finite = [_nll(t) for table in tables.values() for t in table if _nll(t) < math.inf]
         for panel in drawn:
             panel.set_ylim(min(finite) - 0.005, min(max(finite), 2 * min(finite)) + 0.005)

@@ -11,8 +11,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from posterity import Posterior, sensitivity
+from posterity.perturbation import Perturbation
 from posterity_studies import recipes, runs, tasks, train
 from posterity_studies.data import LISTINGS
+from posterity_studies.report import write_sensitivity
+from reports import comparison
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,7 @@ def test_the_gallery_shows_the_most_sensitive_first(call, run):
     assert page.count("data:image/png") == 240 + 24
     test_loss = runs.read_json(run / "result.json")["evaluations"]["mean"]["nll"]
     assert f"the test loss {test_loss:.4f}." in page
+    assert "http" not in page.replace("http-equiv", "")
     result, model, _ = runs.load(run)
     task = tasks.load_task(runs.recipe_of(result))
     with torch.no_grad():
@@ -62,7 +66,33 @@ def test_the_gallery_shows_the_most_sensitive_first(call, run):
         means.append(losses[task.test[1] == c].mean().item())
         assert cells[3:6] == [f"{mean:.3f}" for mean in means]
         assert row.count("<circle") == 2
-    assert "http" not in page.replace("http-equiv", "")
+        assert row.count(" 2V14") == 1
+
+
+def test_the_page_of_what_cannot_be_drawn(tmp_path):
+    content = comparison()
+    targets = content["targets"]
+    values = torch.rand(3, len(targets), generator=torch.Generator().manual_seed(1))
+    values[2, targets == 0] = torch.inf
+    values[0, targets == 1] = torch.nan
+    known = targets != 2
+    shown = {k: content[k] for k in ("targets", "class_names", "images", "provenance")}
+    shown |= {"found": Perturbation(*values, torch.ones_like(targets)), "title": "t"}
+    probs = content["entries"][-1].probs
+    page = tmp_path / "page.html"
+
+    def rows():
+        found = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', page.read_text())
+        return {name: (text.count("<circle"), text.count(" 2V14")) for name, text in found}
+
+    names = content["class_names"]
+    write_sensitivity(page, probs=probs, tested=(values[1][known], targets[known]), **shown)
+    drawn = rows()
+    assert [drawn[names[c]] for c in (0, 1, 2, 3)] == [(0, 0), (2, 1), (2, 0), (2, 1)]
+    assert [*drawn][-1] == names[1]  # its sensitivity is no number
+    write_sensitivity(page, probs=probs, **shown)
+    assert {bars for _, bars in rows().values()} == {0}
+    assert "test loss" not in page.read_text().replace("estimate of the test loss", "")
 
 
 def test_samples_need_no_derivative_and_say_nearly_the_same(call, run, tmp_path):

@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from posterity import predict
 from posterity.selective import abstention
-from posterity_studies import compare, data, jobs, recipes, runs, tasks, train, tune
+from posterity_studies import compare, data, recipes, runs, tasks, train, tune
 from posterity_studies.recipes import UserError
 from posterity_studies.train import silent
 
@@ -394,69 +393,90 @@ def test_report_is_of_one_run_or_of_several(call, run, tmp_path):
     (run / "report.html").unlink()
 
 
-def test_tune_lets_the_best_third_go_on(environment, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+def small_search(**changes):
+    """The smoke recipe's SGD and AdamW, three epochs, a hundred images held out."""
+    smoke, names = recipes.recipe("smoke"), ("sgd", "adamw")
+    few = {name: smoke.optimizers[name] for name in names}
+    return replace(smoke, epochs=3, validation=100, optimizers=few, **changes)
+
+
+def test_tune_lets_the_best_third_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "FINALISTS", 2)
-    smoke = recipes.recipe("smoke")
-    names = ("sgd", "adamw")
-    small = replace(
-        smoke,
-        epochs=3,
-        validation=100,
-        optimizers={o: smoke.optimizers[o] for o in names},
-        search={o: smoke.search[o] for o in names},
-    )
-
-    def search(where, first=None):
-        return tune.tune(small, 3, jobs.Engine(2), tmp_path / where, silent, first)
-
-    found = search("halved")
-    tune.draw(tmp_path / "tune.png", found)
-    assert Image.open(tmp_path / "tune.png").size > (400, 400)
-    epochs = {o: [] for o in names}
-    for o in names:
-        results = [runs.read_json(p) for p in tmp_path.glob(f"halved/{o}-*/result.json")]
-        assert all(r["validation"] == 100 for r in results)
-        keys = [(r["settings"]["lr"], r["epochs"], r["seed"]) for r in results]
-        losses = {k: r["evaluations"]["mean"]["nll"] for k, r in zip(keys, results, strict=True)}
-        epochs[o] = sorted(key[1:] for key in losses)
+    found = tune.tune(small_search(), 3, tmp_path, silent)
+    results = {p: runs.read_json(p) for p in tmp_path.glob("*/result.json")}
+    assert all(r["validation"] == 100 for r in results.values())
+    budgets = []
+    for o in ("sgd", "adamw"):
+        losses = {
+            (r["settings"]["lr"], r["epochs"], r["seed"]): r["evaluations"]["mean"]["nll"]
+            for r in results.values()
+            if r["settings"]["optimizer"] == o
+        }
+        budgets.append(sorted(key[1:] for key in losses))
         first = sorted((nll, key[0]) for key, nll in losses.items() if key[1:] == (1, 0))
-        assert len(first) == 3
         one, other, last = found[o]["trials"]
         assert {t["settings"]["lr"] for t in (one, other)} == {lr for _, lr in first[:2]}
         assert last["settings"]["lr"] == first[2][1]
-        assert last["validation"] == {"nll": pytest.approx(first[2][0])}
+        assert last["validation"]["nll"] == first[2][0]
         assert [(t["epochs"], t["seeds"]) for t in found[o]["trials"]] == [(3, 3), (3, 3), (1, 1)]
         seeds = [losses[one["settings"]["lr"], 3, seed] for seed in (0, 1, 2)]
         assert one["validation"]["nll"] == pytest.approx(sum(seeds) / 3)
         assert one["validation"]["nll"] <= other["validation"]["nll"]
         assert found[o]["best"] == one["settings"]
-    assert epochs["sgd"] == epochs["adamw"]  # the same budget
+    assert budgets == [[(1, 0)] * 3 + [(3, 0), (3, 0), (3, 1), (3, 1), (3, 2), (3, 2)]] * 2
+    tune.draw(tmp_path / "tune.png", found)
+    assert Image.open(tmp_path / "tune.png").size > (400, 400)
 
-    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("halved/*/result.json")}
-    again = search("halved")
-    assert {o: again[o] for o in names} == {o: found[o] for o in names}
-    assert {p: p.stat().st_mtime_ns for p in times} == times, "finished runs were run again"
-    whole = search("whole", first=3)
-    assert not [*tmp_path.glob("whole/*epochs=1*")]
-    assert {t["epochs"] for o in names for t in whole[o]["trials"]} == {3}
-
-
-def test_a_trial_may_diverge(tmp_path):
-    smoke = replace(recipes.recipe("smoke"), validation=100)
-    far = tune.validated(smoke, "sgd", tmp_path, 0, 1, {"lr": 1e20})
-    assert set(far.values()) == {math.inf}
-    run = tune.Run(call=(smoke, "sgd", tmp_path, 0), epochs=1, lr=1e20)
-    assert run.fit([[0]]).score([[0]]) == -tune.WORST
+    times = {p: p.stat().st_mtime_ns for p in results}
+    again = tune.tune(small_search(), 3, tmp_path, silent)
+    assert {**again, "provenance": 0} == {**found, "provenance": 0}
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/result.json")} == times
 
 
-def test_trials_lie_in_the_search_space():
-    for space in recipes.recipe("fashion-mnist").search.values():
-        for low, high in space.values():
-            drawn = [tune.LogUniform(low, high).rvs(np.random.RandomState(k)) for k in range(400)]
-            assert all(low <= value <= high for value in drawn)
-            below = sum(value < (low * high) ** 0.5 for value in drawn)
-            assert abs(below - 200) < 4 * 10  # of a binomial's standard deviation
+def test_a_trial_may_diverge_but_not_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "FINALISTS", 1)
+    monkeypatch.setattr(tune, "SEEDS", (0,))
+    far = {"lr": (1e20, 1e21)}
+    with pytest.raises(UserError, match="all finalists of sgd diverged"):
+        tune.tune(small_search(search={"sgd": far}), 1, tmp_path, silent)
+    wide = small_search(search={"sgd": {"lr": (1e-3, 1e21)}})
+    found = tune.tune(wide, 4, tmp_path, silent)["sgd"]
+    assert found["trials"][-1]["validation"]["nll"] == math.inf
+    assert found["best"]["lr"] < 1e10
+    with pytest.raises(UserError, match="no search space"):
+        tune.tune(small_search(search={"ivon": far}), 1, tmp_path, silent)
+
+
+def test_rounds_of_a_search():
+    assert tune.rounds(18, 2) == [18]
+    assert tune.rounds(18, 3) == [6, 18]
+    assert tune.rounds(18, 26) == [2, 6, 18]
+    assert tune.rounds(18, 27) == [1, 3, 9, 18]
+    assert tune.rounds(8, 10) == [1, 3, 8]
+    assert tune.rounds(1, 100) == [1]
+    assert tune.rounds(20, 10, first=5) == [5, 15, 20]
+
+
+def test_trials_fill_the_search_space():
+    chosen = recipes.recipe("fashion-mnist")
+    for space in chosen.search.values():
+        found = tune.trials(space, 16)
+        assert found[:4] == tune.trials(space, 4)
+        for key, (low, high) in space.items():
+            inside = [t[key] for t in found]
+            assert all(low <= v <= high for v in inside)
+            middle = (low * high) ** 0.5
+            assert sum(v < middle for v in inside) == 8  # a Sobol sequence is balanced
+
+
+def test_tune_says_what_is_best(call, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "VALIDATION", 100)
+    monkeypatch.setattr(tune, "SEEDS", (0,))
+    done = call("tune", "smoke", "--trials", "1", "--jobs", "1", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = runs.read_json(tmp_path / "tune.json")
+    for o in ("adamw", "sgd", "ivon"):
+        assert f"{o}: {found[o]['best']}" in done.stdout
 
 
 def test_recipe_settings_are_those_that_tune_found():

@@ -107,7 +107,7 @@ def losses(top: float, trained: float, left_out: float, test: float | None) -> M
     seen = [trained, left_out] if test is None else [trained, left_out, test]
     if not np.isfinite(seen).all():
         return Markup()
-    x = [f"{4 + 184 * min(max(loss / top, 0), 1):.1f}" for loss in seen]
+    x = [f"{4 + 184 * loss / top:.1f}" for loss in seen]
     ink = 'stroke="var(--series-0)"'
     ring = f'<path d="M{x[0]} 8H{x[1]}" {ink}/><circle cx="{x[0]}" cy="8" r="3" fill="var(--card)"'
     bar = "".join(f'<path d="M{at} 2V14" stroke="var(--ink)" stroke-width="2"/>' for at in x[2:])

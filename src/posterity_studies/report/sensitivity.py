@@ -51,9 +51,9 @@ def write_sensitivity(
     for row in classes:
         row |= {"name": class_names[row["class"]], "test": test.get(row["class"])}
     seen = [row[key] for row in classes for key in ("trained", "left_out", "test")]
-    top = max((loss for loss in seen if loss is not None and math.isfinite(loss)), default=1.0)
+    top = max((loss for loss in seen if loss is not None and math.isfinite(loss)), default=0) or 1
     for row in classes:
-        row["strip"] = figures.losses(top or 1.0, row["trained"], row["left_out"], row["test"])
+        row["strip"] = figures.losses(top, row["trained"], row["left_out"], row["test"])
 
     values = {"sensitivity": scores, "loss": found.loss}
     words = {
@@ -80,7 +80,7 @@ def write_sensitivity(
         share=(int((held < held[-1] / 2).sum()) + 1) / len(scores),
         nll=(found.left_out * found.count).sum().item() / found.count.sum().item(),
         loss=(found.loss * found.count).sum().item() / found.count.sum().item(),
-        classes=sorted(classes, key=lambda c: -c["mean"]),
+        classes=sorted(classes, key=lambda c: (math.isnan(c["mean"]), -c["mean"])),
         test=float(tested[0].double().mean()) if tested else None,
         most=gallery(order[:MOST], orders),
         least=gallery(order.flip(0)[:STEP]),
