@@ -177,5 +177,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             panel.xaxis.set_major_formatter("{x:g}")
             panel.minorticks_off()
         finite = [_nll(t) for table in tables.values() for t in table if _nll(t) < math.inf]
+        low, high = min(finite), min(max(finite), 2 * min(finite))  # bad ones may lie far off
+        pad = 0.05 * (high - low) or 0.005
         for panel in drawn:
-            panel.set_ylim(min(finite) - 0.005, min(max(finite), 2 * min(finite)) + 0.005)
+            panel.set_ylim(low - pad, high + pad)
