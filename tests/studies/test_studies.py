@@ -400,7 +400,7 @@ def small_search(**changes):
     return replace(smoke, epochs=3, validation=100, optimizers=few, **changes)
 
 
-def test_tune_lets_the_best_third_go_on(tmp_path, monkeypatch):
+def test_tune_lets_the_best_third_go_on(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "FINALISTS", 2)
     found = tune.tune(small_search(), 3, tmp_path, silent)
     results = {p: runs.read_json(p) for p in tmp_path.glob("*/result.json")}
@@ -433,7 +433,7 @@ def test_tune_lets_the_best_third_go_on(tmp_path, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/result.json")} == times
 
 
-def test_a_trial_may_diverge_but_not_all(tmp_path, monkeypatch):
+def test_a_trial_may_diverge_but_not_all(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "FINALISTS", 1)
     monkeypatch.setattr(tune, "SEEDS", (0,))
     far = {"lr": (1e20, 1e21)}
