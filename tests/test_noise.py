@@ -31,7 +31,7 @@ def threefry_py(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, in
     schedule = [key[0], key[1], 0x1BD11BDA ^ key[0] ^ key[1]]
     rotations = [13, 15, 26, 6, 17, 29, 16, 24]
     a, b = (counter[0] + schedule[0]) & MASK, (counter[1] + schedule[1]) & MASK
-    for r in range(20):
+    for r in range(13):
         a = (a + b) & MASK
         distance = rotations[r % 8]
         b = ((b << distance) & MASK | b >> (32 - distance)) ^ a
@@ -92,13 +92,13 @@ def ulps(z: torch.Tensor, exact: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("counter", "key", "out"),
     [
-        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
-        ((MASK, MASK), (MASK, MASK), (0x1CB996FC, 0xBB002BE7)),
-        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+        ((0, 0), (0, 0), (0x9D1C5EC6, 0x8BD50731)),
+        ((MASK, MASK), (MASK, MASK), (0xFD36D048, 0x2D17272C)),
+        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xBA3E4725, 0xF27D669E)),
     ],
 )
 def test_known_answers_of_random123(counter, key, out):
-    """threefry2x32-20 in kat_vectors of the Random123 distribution."""
+    """threefry2x32 of 13 rounds in kat_vectors of the Random123 distribution."""
     x = threefry(*(int32(k) for k in key), *(int32(c) for c in counter))
     assert tuple(int(uint32(w)[0]) for w in x) == out
     assert threefry_py(key, counter) == out

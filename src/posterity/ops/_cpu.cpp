@@ -95,9 +95,9 @@ INLINE int64_t chunks(const Row &row) {
   return row.numel ? (row.start % CHUNK + row.numel + CHUNK - 1) / CHUNK : 0;
 }
 
-// Threefry-2x32-20 (Salmon et al., SC 2011), of words or of vectors of words.
+// Threefry-2x32-13 (Salmon et al., SC 2011), of words or of vectors of words.
 template <class Word>
-INLINE void threefry(uint32_t k0, uint32_t k1, Word &x0, Word &x1, uint32_t more = 0) {
+INLINE void threefry(uint32_t k0, uint32_t k1, Word &x0, Word &x1, uint32_t turn = 0) {
   const uint32_t k2 = k0 ^ k1 ^ 0x1BD11BDAu;
   x0 += k0;
   x1 += k1;
@@ -107,8 +107,8 @@ INLINE void threefry(uint32_t k0, uint32_t k1, Word &x0, Word &x1, uint32_t more
   EVEN x0 += k1; x1 += k2 + 1;
   ODD x0 += k2; x1 += k0 + 2;
   EVEN x0 += k0; x1 += k1 + 3;
-  ODD x0 += k1; x1 += k2 + 4;
-  EVEN x0 += k2; x1 += k0 + 5 + more;
+  ROUND(17)
+  x1 ^= turn;
 #undef ROUND
 #undef EVEN
 #undef ODD

@@ -6,10 +6,6 @@ typedef uint32_t U __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t I __attribute__((vector_size(4 * WIDTH)));
 
 INLINE F get(const float *from) { F x; std::memcpy(&x, from, sizeof x); return x; }
-INLINE F stream(const float *from) {  // the next chunk comes while this one is worked on
-  __builtin_prefetch(from + CHUNK);
-  return get(from);
-}
 INLINE void put(F x, float *to) { std::memcpy(to, &x, sizeof x); }
 // Past the caches, where it will not be read before it has left them: that spares reading it first.
 INLINE void put_past(F x, float *to) {
@@ -24,8 +20,25 @@ INLINE void put_past(F x, float *to) {
 #endif
 }
 INLINE F to_real(U x) { return __builtin_convertvector((I)x, F); }  // of signed words
-INLINE F at_least(F x, float low) { return x < low ? F{} + low : x; }  // NaN stays
-INLINE F at_most(F x, float high) { return x > high ? F{} + high : x; }
+// One instruction where the hardware has it: of two operands it gives the second where either is NaN.
+INLINE F at_least(F x, float low) {
+#if WIDTH == 16
+  return (F)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
+#elif WIDTH == 8
+  return (F)_mm256_max_ps(_mm256_set1_ps(low), (__m256)x);
+#else
+  return x < low ? F{} + low : x;
+#endif
+}
+INLINE F at_most(F x, float high) {
+#if WIDTH == 16
+  return (F)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
+#elif WIDTH == 8
+  return (F)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
+#else
+  return x > high ? F{} + high : x;
+#endif
+}
 
 INLINE F root(F x) {
 #if WIDTH == 16
@@ -82,17 +95,24 @@ INLINE F minus_two_log(F u) {
   return p * (f * f) + (f * -2.0f + e * -1.38629436112f);
 }
 
-// The standard normals of a chunk: half cosines, half sines (Box–Muller), as in noise.py.
+// The standard normals of a chunk: half cosines, half sines (Box–Muller), as in noise.py. The bits
+// are all made before the first normal: in one loop the chains would be too long to overlap.
 struct Normals {
   uint32_t k0, k1;
   uint64_t first;  // counter
   uint32_t turn;   // 2^31 for the other sign
 
-  INLINE void pair(int i, float *to) const {
+  INLINE void bits(int i, float *to) const {
     U x0, x1 = U{} + uint32_t(first >> 32);
     std::memcpy(&x0, LANES, sizeof x0);
     x0 += uint32_t(first + i);
     threefry(k0, k1, x0, x1, turn);
+    put((F)x0, to + i);
+    put((F)x1, to + HALF + i);
+  }
+
+  static INLINE void pair(int i, float *of) {
+    const U x0 = (U)get(of + i), x1 = (U)get(of + HALF + i);
     const F radius = root(minus_two_log(to_real(x0 >> 1) * 0x1p-31f + 0x1p-32f));
     const F signed_radius = (F)((U)radius ^ (x1 & 0x80000000u));
     const F a = to_real(x1 << 2) * float(0.78539816339744830962 * 0x1p-31);
@@ -101,18 +121,30 @@ struct Normals {
     F c = 2.443315711809948e-5f * z - 1.388731625493765e-3f;
     c = ((c * z + 4.166664568298827e-2f) * z - 0.5f) * z + 1.0f;
     const auto quarter = (x1 & 0x40000000u) != 0;
-    put(signed_radius * (quarter ? -s : c), to + i);
-    put(signed_radius * (quarter ? c : s), to + HALF + i);
+    put(signed_radius * (quarter ? -s : c), of + i);
+    put(signed_radius * (quarter ? c : s), of + HALF + i);
   }
 };
 
-// What a pass does to the vectors of a chunk, with their noise where it needs any. All the noise
-// comes first: in one loop with the work the chains would be too long to overlap.
-template <class Work>
-INLINE void each(const Normals *noise, Work work) {
+// Calls the same elements of the next chunk into the cache.
+INLINE void fetch(const float *from, int count) {
+  for (int line = 0; line < count; line += 16) __builtin_prefetch(from + CHUNK + line);
+}
+
+// What a pass does to the vectors of a chunk, with their noise, all of it before, where it needs any.
+// The next chunk of the streams comes meanwhile.
+template <class Work, class... Stream>
+INLINE void each(const Normals *noise, Work work, Stream... streams) {
   alignas(64) float e[CHUNK];
+  for (int i = 0; noise && i < HALF; i += WIDTH) {
+    (fetch(streams + 2 * i, 2 * WIDTH), ...);
+    noise->bits(i, e);
+  }
   for (int i = 0; noise && i < HALF; i += WIDTH) noise->pair(i, e);
-  for (int i = 0; i < CHUNK; i += WIDTH) work(i, noise ? get(e + i) : F{});
+  for (int i = 0; i < CHUNK; i += WIDTH) {
+    if (!noise) (fetch(streams + i, WIDTH), ...);
+    work(i, noise ? get(e + i) : F{});
+  }
 }
 
 INLINE void widen(const uint16_t *from, float *to) {
@@ -182,11 +214,11 @@ INLINE void sample(const Row &row, const Scalars &s, const Span &span, const Nor
   float *kept = keep ? place(row.mean, span, false, d) : d;
   const bool past = span.past && kept != d && !(uintptr_t(kept) % 64);
   each(noise, [&](int i, F e) INLINED {
-    const F m = stream(means + i);
+    const F m = get(means + i);
     if (past) put_past(m, kept + i);
     else if (keep) put(m, kept + i);
-    put(m + perturbation(bounded(stream(hess + i), s), e, s), thetas + i);
-  });
+    put(m + perturbation(bounded(get(hess + i), s), e, s), thetas + i);
+  }, means, hess);
   if (keep) store(kept, row.mean, span, false);
   store(thetas, row.param, span, low);
 }
@@ -199,7 +231,8 @@ INLINE void restore(const Row &row, const Span &span) {
   float *to = place(row.param, span, low, b);
   const bool past = span.past && to != b && !(uintptr_t(to) % 64);
   for (int i = 0; i < CHUNK; i += WIDTH) {
-    const F m = stream(means + i);
+    fetch(means + i, WIDTH);
+    const F m = get(means + i);
     past ? put_past(m, to + i) : put(m, to + i);
   }
   store(to, row.param, span, low);
@@ -211,8 +244,8 @@ INLINE void unsample(const Row &row, const Scalars &s, const Span &span, const N
   float *theta = load(row.param, span, false, a);
   const float *hess = load(row.hess, span, false, b);
   each(noise, [&](int i, F e) INLINED {
-    put(stream(theta + i) - perturbation(bounded(stream(hess + i), s), e, s), theta + i);
-  });
+    put(get(theta + i) - perturbation(bounded(get(hess + i), s), e, s), theta + i);
+  }, theta, hess);
   store(theta, row.param, span, false);
 }
 
@@ -226,18 +259,18 @@ INLINE void accumulate(const Row &row, const Scalars &s, const Span &span, const
   float *sums = load(row.grad_sum, span, false, b);
   float *products = load(row.product_sum, span, false, c);
   each(noise, [&](int i, F e) INLINED {
-    const F g = stream(grads + i);
+    const F g = get(grads + i);
     F moved = g;
     if (noise) {
-      moved = perturbation(bounded(stream(hess + i), s), e, s);
+      moved = perturbation(bounded(get(hess + i), s), e, s);
       if (!low) {
-        const F m = stream(means + i);
+        const F m = get(means + i);
         moved = (m + moved) - m;
       }
     }
-    put(stream(products + i) + g * moved, products + i);
-    put(stream(sums + i) + g, sums + i);
-  });
+    put(get(products + i) + g * moved, products + i);
+    put(get(sums + i) + g, sums + i);
+  }, grads, hess, means, sums, products);
   store(sums, row.grad_sum, span, false);
   store(products, row.product_sum, span, false);
 }
@@ -258,16 +291,16 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const Nor
   else if (held) other = load(row.param, span, false, f);
   float *to = place(row.param, span, low, made);
   each(noise, [&](int i, F e) INLINED {
-    const F g = stream(grads + i), h = stream(hess + i), u = bounded(h, s);
-    F m = stream(means + i), product = g;
+    const F g = get(grads + i), h = get(hess + i), u = bounded(h, s);
+    F m = get(means + i), product = g;
     if (noise) {
       const F moved = perturbation(u, e, s);
       if (regenerate) m -= moved;
       product = low ? moved : (m + moved) - m;
     }
-    if (held) product = stream(other + i) - m;  // the same bits as from the noise
-    product = row.grad_sum ? stream(other + i) : g * (price ? product : g);
-    const F before = at_least(h, s.least), was = stream(momentum + i);
+    if (held) product = get(other + i) - m;  // the same bits as from the noise
+    product = row.grad_sum ? get(other + i) : g * (price ? product : g);
+    const F before = at_least(h, s.least), was = get(momentum + i);
     const F mean_grad = was + s.momentum_rate * (g * s.grad - was);             // (3)
     const F curved = product * s.product * (price ? s.ess * u : F{} + s.square);  // ĥ (2)
     const F r = s.rho * (curved - before);
@@ -276,7 +309,7 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const Nor
     put(mean_grad, momentum + i);
     put(after, hess + i);
     put(m - s.lr * at_most(at_least(step, -s.clip), s.clip), to + i);  // (6)
-  });
+  }, grads, hess, means, momentum, other);
   store(momentum, row.momentum, span, false);
   store(hess, row.hess, span, false);
   if (low) store(to, row.mean, span, false);

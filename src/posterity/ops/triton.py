@@ -72,14 +72,12 @@ def _rounds(x0, x1, odd: tl.constexpr):
 
 @triton.jit
 def _threefry(k0, k1, x0, x1):
-    """Threefry-2x32-20 (Salmon et al., SC 2011)."""
+    """Threefry-2x32-13 (Salmon et al., SC 2011)."""
     k2 = k0 ^ k1 ^ 0x1BD11BDA
     x0, x1 = _rounds(x0 + k0, x1 + k1, False)
     x0, x1 = _rounds(x0 + k1, x1 + (k2 + 1), True)
     x0, x1 = _rounds(x0 + k2, x1 + (k0 + 2), False)
-    x0, x1 = _rounds(x0 + k0, x1 + (k1 + 3), True)
-    x0, x1 = _rounds(x0 + k1, x1 + (k2 + 4), False)
-    return x0 + k2, x1 + (k0 + 5)
+    return _round(x0 + k0, x1 + (k1 + 3), 17)
 
 
 @triton.jit
