@@ -69,6 +69,11 @@ class Sensitivity:
             batch_size=BATCH,
             progress=lambda batches: bar(batches, -(-len(targets) // BATCH), "sensitivity"),
         )
+        if not found.sensitivity.isfinite().any():
+            raise UserError(
+                f"no image has a finite sensitivity: the model of {self.run} gives outputs "
+                "that are not finite. Train it again with a lower lr"
+            )
         probs = predict(model, None, inputs, batch_size=BATCH).probs
         columns = {
             "image": torch.arange(len(targets)),

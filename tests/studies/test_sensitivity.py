@@ -134,6 +134,13 @@ def truncated(copy):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def overflowing(copy):
+    path = copy / "posterior.safetensors"
+    posterior = Posterior.load(path)
+    mean = {name: torch.full_like(value, 1e30) for name, value in posterior.mean.items()}
+    Posterior(mean, posterior.precision).save(path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "arguments", "said"),
     [
@@ -142,6 +149,7 @@ def truncated(copy):
         (other_network, [], "fits no lenet5"),
         (other_posterior, [], "does not fit the model"),
         (truncated, [], "cannot load"),
+        (overflowing, [], "no image has a finite sensitivity"),
         (lambda copy: (copy / "posterior.safetensors").unlink(), [], "needs a run of IVON"),
         (lambda copy: (copy / "result.json").unlink(), [], "folder of a finished run"),
         (shutil.rmtree, [], "no folder of a run"),
