@@ -395,7 +395,7 @@ def test_candidates_are_written_by_one_sample_each(gpt):
     assert len({tuple(c) for c in found}) > 1
     drawn = candidates(gpt, q, TOKENS[:1], 6, 2, samples=3, seed=8)
     assert drawn == candidates(gpt, q, TOKENS[:1], 6, 2, samples=3, seed=8)
-    assert drawn[0] != drawn[1]
+    assert any(drawn[i] != drawn[i + 1] for i in (0, 2, 4))  # of one sample, but drawn twice
     stop = drawn[0][3]
     ended = candidates(gpt, q, TOKENS[:1], 6, 2, samples=3, seed=8, stop=stop)
     assert ended[0] == drawn[0][: drawn[0].index(stop)]

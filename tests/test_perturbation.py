@@ -215,13 +215,11 @@ def pairs(n=9, inputs=4, classes=3):
 def test_sampled_and_linear_variances_agree_within_standard_errors(full):
     torch.manual_seed(0)
     model, (x, y) = nn.Linear(4, 3), pairs(40)
-    posterior, samples = around(model), 3000
+    posterior, samples = around(model), 500
     exact = perturb(model, posterior, (x, y), full=full, shifts=True).shift
-    drawn = perturb(
-        model, posterior, (x, y), full=full, shifts=True, variance="samples", samples=samples
-    ).shift
-    assert exact is not None
-    assert drawn is not None
+    options = {"full": full, "shifts": True, "variance": "samples", "samples": samples}
+    found = [perturb(model, posterior, (x, y), seed=seed, **options) for seed in range(12)]
+    drawn = torch.stack([one.shift for one in found])  # few weights: one draw's errors move as one
     e = model(x).softmax(1) - one_hot(y, 3)
     diagonal = perturb(model, posterior, (x, y), full=False, shifts=True).shift / e
     # (V̂e)_c of Gaussian outputs that are independent: Var = (v_c·Σ_d v_d e_d² + v_c² e_c²)/(S−1)

@@ -203,7 +203,8 @@ def corpus(tmp_path, monkeypatch):
 def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeypatch):
     diverging = LanguageAdamw(lr=float("inf"))
     trials = {"adamw": [diverging, BOTH["adamw"]], "ivon": [BOTH["ivon"], LanguageIvon(lr=1e-9)]}
-    smoke = replace(pretraining.SCALES["smoke"], trials=trials)
+    smoke = pretraining.SCALES["smoke"]
+    smoke = replace(smoke, what=replace(smoke.what, steps=40, every=20), trials=trials)
     monkeypatch.setitem(pretraining.SCALES, "smoke", smoke)
     found = pretraining.study(tmp_path / "out", [0, 1], "smoke", silent)
     assert json.loads(json.dumps(found, allow_nan=True))["rows"] == found["rows"]
