@@ -71,8 +71,8 @@ class Sensitivity:
         )
         if not found.sensitivity.isfinite().any():
             raise UserError(
-                f"no image has a finite sensitivity: the model of {self.run} gives outputs "
-                "that are not finite. Train it again with a lower lr"
+                f"no image has a finite sensitivity: outputs of the model of {self.run}, or their "
+                "variances, are not finite. Train it again with a lower lr"
             )
         probs = predict(model, None, inputs, batch_size=BATCH).probs
         columns = {

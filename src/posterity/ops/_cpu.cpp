@@ -160,7 +160,7 @@ constexpr int64_t LARGE = 16384;  // chunks that no cache is expected to hold un
 extern "C" {
 
 // What the Python side and this file must agree on.
-int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 4); }
+int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 5); }
 
 // How many instruction sets this machine has: 0 the baseline alone, 1 AVX2 too, 2 AVX-512 too.
 int posterity_levels() {

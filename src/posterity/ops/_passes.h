@@ -270,7 +270,7 @@ INLINE void accumulate(const Row &row, const Scalars &s, const Span &span, const
     }
     put(get(products + i) + g * moved, products + i);
     put(get(sums + i) + g, sums + i);
-  }, grads, hess, means, sums, products);
+  }, grads, noise ? hess : grads, noise && !low ? means : grads, sums, products);
   store(sums, row.grad_sum, span, false);
   store(products, row.product_sum, span, false);
 }

@@ -31,7 +31,7 @@ def _library() -> ctypes.CDLL | str:
         layout = library.posterity_layout()
     except (OSError, AttributeError) as error:
         return f"{spec.origin} cannot be used: {error}"
-    if layout != ROW.size << 16 | SETTINGS.size << 4 | 4:
+    if layout != ROW.size << 16 | SETTINGS.size << 4 | 5:
         return f"{spec.origin} was built from other sources: install posterity again"
     library.posterity_run.restype = None
     library.posterity_run.argtypes = (

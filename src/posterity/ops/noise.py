@@ -24,7 +24,7 @@ from torch import Tensor
 
 CHUNK = 256  # elements; half of them are cosine, half sine
 HALF = CHUNK // 2
-ROUNDS = 13  # the fewest whose bits their authors know no fault of
+ROUNDS = 13  # the fewest of which the authors knew no statistical fault
 ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 PARITY = 0x1BD11BDA
 BLOCK = 2048  # chunks per pass: bounds the working memory, changes no value
