@@ -6,8 +6,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from itertools import chain
-from operator import attrgetter, itemgetter, ne
+from itertools import chain, compress
+from operator import attrgetter, is_, itemgetter, ne
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from .slots import Slot, state_of
 from .window import Window
 
 AS_IT_IS = attrgetter("shape"), attrgetter("dtype"), Tensor.is_contiguous  # at its address
+TRAINED = attrgetter("requires_grad")
 HELD = itemgetter("hess", "momentum", "step")  # of the state
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
@@ -228,7 +229,7 @@ class IVON(Optimizer):
     def _reset(self) -> None:
         """Make what stands beside the state."""
         self._known: dict[int, Slot] = {}
-        self._seen: tuple[list[Any], list[Slot]] = [], []  # what decided the slots, and these
+        self._seen: tuple[list[Any], list[Any], list[Slot]] = [], [], []  # facts, and their slots
         self._window = Window()
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
@@ -277,28 +278,32 @@ class IVON(Optimizer):
 
     def _slots(self) -> list[Slot]:
         """Every trainable parameter; its state is made on first use and follows it when moved."""
-        facts, slots = self._seen
-        if facts != self._facts():
+        objects, facts, slots = self._seen
+        now = self._facts()
+        if not (len(objects) == len(now[0]) and all(map(is_, objects, now[0])) and facts == now[1]):
             self._window.look_again()
             slots = self._look()
-            self._seen = self._facts(), slots
+            self._seen = *self._facts(), slots
         return slots
 
-    def _facts(self) -> list[Any]:
-        """What decides the slots and where they are, by C calls alone: every step asks for it."""
+    def _facts(self) -> tuple[list[Any], list[Any]]:
+        """What decides the slots and where they are, by C calls alone: every step asks for it.
+
+        Objects that must be the same, and what must be equal.
+        """
         params = [p for group in self.param_groups for p in group["params"]]
-        trained = [p for p in params if p.requires_grad]  # frozen ones may be anything
+        trained = [*map(TRAINED, params)]
+        learning = [*compress(params, trained)]  # frozen ones may be anything
         states = [state for state in self.state.values() if state]
         try:
             held = [*chain.from_iterable(map(HELD, states))]
         except KeyError:  # some state is still to be made
-            return [object()]
+            return [object()], []
         held += [state["mean"] for state in states if "mean" in state]
-        objects = self.param_groups, params, trained, states, held
-        ids = [[*map(id, every)] for every in objects]
-        memory = [[*map(Tensor.data_ptr, every)] for every in (trained, held)]
-        kinds = [[*map(ask, trained)] for ask in AS_IT_IS]
-        return [*ids, *memory, *kinds, self._whole["fused"], self._whole["capturable"]]
+        memory = [[*map(Tensor.data_ptr, every)] for every in (learning, held)]
+        kinds = [[*map(ask, learning)] for ask in AS_IT_IS]
+        whole = self._whole["fused"], self._whole["capturable"]
+        return [*self.param_groups, *params, *states, *held], [trained, *memory, *kinds, whole]
 
     def _look(self) -> list[Slot]:
         known, slots, number, sharded = self._known, [], -1, False
@@ -670,7 +675,7 @@ class IVON(Optimizer):
         finally:
             for group in auto:  # the weights are not loaded yet: the first sample looks at them
                 group["hess_init"] = "auto"
-                self._known, self._seen = {}, ([], [])
+                self._known, self._seen = {}, ([], [], [])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. Those of a sample that waits for ``step()`` are not lost.
