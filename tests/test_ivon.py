@@ -996,6 +996,40 @@ def test_the_same_memory_in_another_order_is_noticed():
     torch.testing.assert_close(*found)
 
 
+def another_parameter(groups, new):
+    groups[0]["params"][0] = new
+
+
+REGROUPED = {  # what is done to groups of a, b and, at lr 0, c; and what then still moves
+    "the last of a group, to the next": (
+        lambda groups, _: groups[1]["params"].insert(0, groups[0]["params"].pop()),
+        "a",
+    ),
+    "a group, replaced": (lambda groups, _: groups.__setitem__(0, {**groups[0], "lr": 0.0}), ""),
+    "groups in another order": (lambda groups, _: groups.reverse(), "ab"),
+    "a parameter, replaced": (another_parameter, "bd"),
+}
+
+
+@pytest.mark.parametrize(("change", "moves"), REGROUPED.values(), ids=REGROUPED)
+def test_groups_that_change_are_noticed(change, moves):
+    params = {name: torch.nn.Parameter(torch.ones(3)) for name in "abcd"}
+    a, b, c, d = params.values()
+    opt = IVON([{"params": [a, b]}, {"params": [c], "lr": 0.0}], 0.1, ess=1e6, seed=0)
+
+    def step():
+        opt.train()
+        for p in params.values():
+            p.grad = torch.ones(3)
+        opt.step()
+        return {name: p.detach().clone() for name, p in params.items()}
+
+    before = step()
+    change(opt.param_groups, d)
+    now = step()
+    assert "".join(n for n in params if (now[n] - before[n]).abs().max() > 1e-3) == moves
+
+
 def test_master_weights_that_move_are_followed():
     found = []
     for move in (lambda _: None, lambda s: s.update(mean=moved(s["mean"]))):

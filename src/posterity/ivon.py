@@ -292,6 +292,7 @@ class IVON(Optimizer):
         Objects that must be the same, and what must be equal.
         """
         params = [p for group in self.param_groups for p in group["params"]]
+        sizes = [len(group["params"]) for group in self.param_groups]
         trained = [*map(TRAINED, params)]
         learning = [*compress(params, trained)]  # frozen ones may be anything
         states = [state for state in self.state.values() if state]
@@ -303,7 +304,8 @@ class IVON(Optimizer):
         memory = [[*map(Tensor.data_ptr, every)] for every in (learning, held)]
         kinds = [[*map(ask, learning)] for ask in AS_IT_IS]
         whole = self._whole["fused"], self._whole["capturable"]
-        return [*self.param_groups, *params, *states, *held], [trained, *memory, *kinds, whole]
+        same = [*self.param_groups, *params, *states, *held]
+        return same, [sizes, trained, *memory, *kinds, whole]
 
     def _look(self) -> list[Slot]:
         known, slots, number, sharded = self._known, [], -1, False
