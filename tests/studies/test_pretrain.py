@@ -203,6 +203,7 @@ def corpus(tmp_path, monkeypatch):
 def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeypatch):
     diverging = LanguageAdamw(lr=float("inf"))
     trials = {"adamw": [diverging, BOTH["adamw"]], "ivon": [BOTH["ivon"], LanguageIvon(lr=1e-9)]}
+    monkeypatch.setattr(text, "BLOCK", 500)
     smoke = pretraining.SCALES["smoke"]
     smoke = replace(smoke, what=replace(smoke.what, steps=40, every=20), trials=trials)
     monkeypatch.setitem(pretraining.SCALES, "smoke", smoke)
@@ -214,8 +215,7 @@ def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeyp
     names = ["AdamW", "IVON", "IVON, 1 sample", "IVON, 8 samples", "IVON, 32 samples"]
     assert [row["method"] for row in found["rows"]] == names
     tokens = [[r["tokens"] for r in every] for every in found["runs"].values()]
-    assert tokens == [[smoke.limit] * 2] * 2
-    assert smoke.limit < 2 * len(TOKENS)
+    assert tokens == [[2 * 1500] * 2] * 2  # every other block of 500 bytes of both texts
     assert len([*(tmp_path / "out").glob("*-seed*")]) == 4 + 2  # trials; the best with seed 1
     (claim,) = (c for c in claims.CLAIMS if c.result == "pretraining/result.json")
     assert "IVON" in claim.judge(found)[1]

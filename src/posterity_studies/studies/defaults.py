@@ -56,7 +56,7 @@ def text(
 ) -> float:
     """A token's, on the half of the held-out text that no setting was chosen by."""
     size = pretraining.SCALES["smoke" if smoke else "desk"]
-    how = None, 1, size.test, pretraining.COUNTS
+    how = None, 1, size.test, pretraining.COUNTS, size.thin
     scores = pretraining.trained(folder, size.what, settings, seed, *how)[1]
     return scores.get(str(max(pretraining.COUNTS)), scores["mean"])
 

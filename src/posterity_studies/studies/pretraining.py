@@ -65,18 +65,18 @@ class Scale:
     """What is trained, the trials, and on how many sequences all is scored.
 
     ``corpus`` is what ``tokens.prepare`` takes, for GPT-2's tokens; None for bytes of TEXTS, of
-    ``limit`` the first ones.
+    which every ``thin``-th block is trained on.
     """
 
     what: Pretraining
     trials: Trials
     test: int = 1024
     corpus: str | None = None
-    limit: int | None = None
+    thin: int = 1
 
 
 DESK = Pretraining(GPTConfig(4, 4, 256, 128, vocabulary=256), steps=1500, bf16=True)
-# A text of two bytes for each weight, seen six times: there the weights' noise can pay.
+# Half the text, two bytes for each weight, seen six times: there the weights' noise can pay.
 LIMITED = Pretraining(
     GPTConfig(6, 6, 384, 256, vocabulary=256),
     steps=8000,
@@ -102,20 +102,20 @@ SCALES = {
         {
             "adamw": [
                 LanguageAdamw(lr, weight_decay=decay)
-                for lr, decay in ((2e-3, 0.1), (2e-3, 0.5), (2e-3, 1.0))
+                for lr, decay in ((2e-3, 0.1), (2e-3, 0.5), (4e-3, 0.5))
             ],
             "ivon": [
-                LanguageIvon(700.0, ess, memory=1600.0, weight_decay=decay, beta1=0.8)
-                for ess, decay in ((1e8, 1e-6), (1e8, 2e-5), (2e8, 2e-5))
+                LanguageIvon(700.0, ess, memory=LIMITED.steps / 5, weight_decay=decay, beta1=0.8)
+                for ess, decay in ((1e8, 1e-6), (1e8, 2e-5), (2e5 * LIMITED.steps, 2e-5))
             ],
         },
-        limit=21_000_000,
+        thin=2,
     ),
     "smoke": Scale(
         Pretraining(GPTConfig(1, 2, 16, 32, vocabulary=256), steps=4, batch=2, every=2, held=2),
         trials(((3e-3, 0.95), (3e-3, 0.99)), ((1e3, 1e10, 2e3), (1e3, 1e9, 5e2))),
         test=4,
-        limit=3000,
+        thin=2,
     ),
 }
 
@@ -129,14 +129,14 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         size = SCALES[scale]
     place, digest = None, ""
     if size.corpus is None:
-        digest = corpus(size.limit)[2]
+        digest = corpus(size.thin)[2]
     else:
         place = out / "tokens"
         facts = tokens.prepare(size.corpus, place, progress)
         digest = f"{facts['corpus']}, {facts['documents']} documents"
     chosen = search(out, size, place, seeds[0], progress)
     work = [(o, seed) for seed in seeds for o in chosen]
-    how = place, 1, size.test, COUNTS, size.limit
+    how = place, 1, size.test, COUNTS, size.thin
     calls = [
         (_folder(out, o, chosen[o].number, seed), size.what, chosen[o].settings, seed, *how)
         for o, seed in work
@@ -152,18 +152,18 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         "data": digest,
         "trials": {o: best.trials for o, best in chosen.items()},
         "settings": {o: asdict(best.settings) for o, best in chosen.items()},
-        "size": {"test": size.test, **asdict(size.what)},
+        "size": {"test": size.test, "thin": size.thin, **asdict(size.what)},
         "runs": found,
     }
 
 
-def corpus(limit: int | None = None) -> Corpus:
-    """Bytes to train on (the first ``limit``), to choose by and to test with, and a digest."""
+def corpus(thin: int = 1) -> Corpus:
+    """Every ``thin``-th block to train on, texts to choose by and to test with, and a digest."""
     texts = [text.load(name) for name in TEXTS]
     halves = [t.test.tensor_split(2) for t in texts]
     first, second = (torch.cat(half) for half in zip(*halves, strict=True))
     return (
-        torch.cat([t.train for t in texts])[:limit],
+        torch.cat([block for t in texts for block in t.train.split(text.BLOCK)[::thin]]),
         (first, second),
         " ".join(str(t.digest) for t in texts),
     )
@@ -177,7 +177,7 @@ def search(
         return {o: Chosen(0, only, []) for o, (only,) in size.trials.items()}
     work = [(o, k, s) for o, every in size.trials.items() for k, s in enumerate(every)]
     calls = [
-        (_folder(out, o, k, seed), size.what, s, seed, place, 0, size.test, TRIED, size.limit)
+        (_folder(out, o, k, seed), size.what, s, seed, place, 0, size.test, TRIED, size.thin)
         for o, k, s in work
     ]
     attempt = partial(jobs.unless_diverged, trained)
@@ -209,7 +209,7 @@ def trained(
     part: int,
     test: int,
     counts: tuple[int, ...],
-    limit: int | None = None,
+    thin: int = 1,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Scores]:
     """A run, and its losses on a half of the held-out text; what is done is read.
@@ -223,11 +223,11 @@ def trained(
         part: 0 for the half to choose by, which is also looked at in training, 1 for the other.
         test: how many sequences of it are scored.
         counts: how many posterior samples are averaged.
-        limit: how many bytes of the study's own texts are trained on; None: all.
+        thin: every so many-th block of the study's own texts is trained on.
         progress: of its steps and samples.
     """
     if place is None:
-        train, held, _ = corpus(limit)
+        train, held, _ = corpus(thin)
     else:
         read = tokens.load(place)
         train, held = read["train"], read["held"].tensor_split(2)
