@@ -62,7 +62,8 @@ def test_a_failure_names_its_run_and_costs_the_others_nothing(work):
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=str)
 def test_a_killed_study_leaves_no_run_behind(environment, by):
-    code = """import time; from posterity_studies import jobs, train
+    code = """import signal, time; from posterity_studies import jobs, train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 with jobs.on(jobs.Engine(2)): jobs.each(time.sleep, [(100,), (100,)], train.silent, "runs")"""
     study = subprocess.Popen([sys.executable, "-c", code], env=environment)
 
