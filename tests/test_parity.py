@@ -447,7 +447,7 @@ def test_settings_are_remembered_for_each_device(triton, monkeypatch):
     passes = import_module("posterity.ops.triton").passes
     monkeypatch.setattr(passes, "_known", {})
     devices = torch.device("cpu"), torch.device("meta")
-    made = [passes._remembered("name", "given", lambda _, on: on, d) for d in (*devices, *devices)]
+    made = [passes._remembered("given", lambda _, on: on, d) for d in (*devices, *devices)]
     assert made == [*devices, *devices]
 
 
@@ -550,7 +550,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from posterity.ops import triton as ours
 
-fixed = {"PAIRS": ours.PAIRS, "TILES": ours.TILES, "WORDS": ours.WORDS}
+fixed = {"PAIRS": ours.PAIRS, "TILES": ours.TILES, "WORDS": ours.COLUMNS}
 flags = ("LOW", "LOW_GRAD", "REGENERATE", "HELD", "APART", "MEAN", "SUMS", "PRICE", "ALIGNED")
 cases = (
     *((0, {"MEAN"}), (0, {"MEAN", "LOW", "APART"}), (1, ()), (2, {"MEAN", "SUMS", "PRICE"})),

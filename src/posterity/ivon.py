@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter, ne
+from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
 from .presets import PRESETS
-from .sampling import VERSION, Draw, forget_copies, touch
+from .sampling import Draw, Written, forget_copies, touch
 from .slots import Slot, state_of
 from .window import Window
 
@@ -630,27 +630,27 @@ class IVON(Optimizer):
         factor = 1 / max(self._whole["pending"], 1)
         if scale is not None:
             factor = factor / scale
-        place = {s.number: i for i, s in enumerate(slots)}
         for run in self._window.runs(slots):
             group, params = run.group, run.params
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
             settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
             state = run.momentum, run.hess, run.steps
-            mine = [grads[place[n]] for n in run.numbers]
+            mine = [grads[i] for i in run.places]
             if draw is None:
                 assert products is not None
-                means, made = run.at_rest(), [products[place[n]] for n in run.numbers]
+                means, made = run.at_rest(), [products[i] for i in run.places]
                 run.ops.update(means, mine, made, *state, **settings)
                 for p, mean in zip(params, means, strict=True) if run.low else ():
                     p.copy_(mean)
             else:
                 means, noise = draw.sources(run), draw.noise(run)
-                before = [*map(VERSION, params)]
+                stepped = Written(params)
                 try:
                     run.ops.step(params, means, mine, *state, noise, draw.live, **settings)
+                    stepped.whole = True
                 finally:  # after an interrupt too: what has its new mean is not restored
-                    draw.forget(run, [*map(ne, map(VERSION, params), before)])
+                    draw.forget(run, stepped.each())
             for slot in run.slots:
                 slot.state.pop("rounded", None)
             touch(run)

@@ -67,11 +67,12 @@ class Draw:
         apart = keep and not run.low
         means = run.rooms(spare) if apart else run.at_rest()
         parts, self.parts = self.parts, None
-        before = [*map(VERSION, run.params)]
+        sampled = Written(run.params)
         try:
             run.ops.sample(run.params, means, run.hess, self.noise(run), apart, **run.width)
+            sampled.whole = True
         finally:  # after an error the parameters that hold θ by then are to be restored
-            now = [*map(ne, map(VERSION, run.params), before)]
+            now = sampled.each()
             self.slots.update(compress(zip(run.numbers, run.slots, strict=True), now))
             if apart:
                 self.means.update(compress(zip(run.numbers, means, strict=True), now))
@@ -142,12 +143,12 @@ class Draw:
             if means is not run.params:
                 run.ops.restore(run.params, means)
                 continue
-            width, before = self.width(run.slots[0]), [*map(VERSION, run.params)]
+            width, restored = self.width(run.slots[0]), Written(run.params)
             try:
                 run.ops.unsample(run.params, run.hess, self.noise(run), **width)
+                restored.whole = True
             finally:
-                restored = [*map(ne, map(VERSION, run.params), before)]
-                for s, p in compress(zip(run.slots, run.params, strict=True), restored):
+                for s, p in compress(zip(run.slots, run.params, strict=True), restored.each()):
                     s.state["rounded"] = True
                     self.means[s.number] = p
         for run, _ in parts:
@@ -182,6 +183,19 @@ class Draw:
         width, run = self.width(slot), Run(slot.ops, [slot])
         run.ops.unsample([mean], run.hess, self.noise(run), **width)
         return mean
+
+
+class Written:
+    """Which parameters a pass writes: all, once it is ``whole``; else those whose version moved."""
+
+    def __init__(self, params: Tensors):
+        self.params, self.before, self.whole = params, [*map(VERSION, params)], False
+
+    def each(self) -> list[bool]:
+        """Whether it has written each of them."""
+        if self.whole:
+            return [True] * len(self.before)
+        return [*map(ne, map(VERSION, self.params), self.before)]
 
 
 def touch(run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -72,11 +72,12 @@ def state_of(slots: Iterable[Slot], name: str) -> list[Tensor]:
 class Run:
     """Slots that a pass takes in one call: of one group, implementation, device and precision.
 
-    Its columns, in the slots' order, hold as long as their memory stays where it is.
+    Its columns, in the slots' order, hold as long as their memory stays where it is; ``places``
+    are the slots' among all that the runs were made of.
     """
 
-    def __init__(self, ops: Ops, slots: list[Slot]):
-        self.ops, self.slots = ops, slots
+    def __init__(self, ops: Ops, slots: list[Slot], places: Sequence[int] = ()):
+        self.ops, self.slots, self.places = ops, slots, places
         self.group, self.low = slots[0].group, slots[0].low
         self.numbers = [s.number for s in slots]
         self.sharded = any(s.pieces is not None for s in slots)
@@ -137,10 +138,12 @@ class Run:
 
 def runs(slots: Iterable[Slot]) -> list[Run]:
     """The slots of each group, implementation, device and precision, in order."""
-    found: dict[tuple[int, Ops, torch.device, bool], list[Slot]] = {}
-    for s in slots:
-        found.setdefault((id(s.group), s.ops, s.param.device, s.low), []).append(s)
-    return [Run(ops, members) for (_, ops, _, _), members in found.items()]
+    found: dict[tuple[int, Ops, torch.device, bool], tuple[list[Slot], list[int]]] = {}
+    for place, s in enumerate(slots):
+        members, places = found.setdefault((id(s.group), s.ops, s.param.device, s.low), ([], []))
+        members.append(s)
+        places.append(place)
+    return [Run(ops, *members) for (_, ops, _, _), members in found.items()]
 
 
 def _room(spare: Spare, slot: Slot) -> Tensor:

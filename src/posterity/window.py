@@ -266,11 +266,9 @@ class Window:
     ) -> None:
         """Add gradients at the latest sample, and their products with θ−m, to sums."""
         assert self.draw is not None
-        place = {s.number: i for i, s in enumerate(slots)}
         for run in runs(slots):
-            at = [place[n] for n in run.numbers]
-            mine, means = [grads[i] for i in at], [self.mean(s) for s in run.slots]
-            sums = [totals[i] for i in at], [products[i] for i in at]
+            mine, means = [grads[i] for i in run.places], [self.mean(s) for s in run.slots]
+            sums = [totals[i] for i in run.places], [products[i] for i in run.places]
             noise, width = self.draw.noise(run), self.draw.width(run.slots[0])
             approx = run.group["hess_approx"]
             run.ops.accumulate(*sums, mine, means, run.hess, noise, approx, **width)

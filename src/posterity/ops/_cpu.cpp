@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86
@@ -39,7 +40,8 @@ constexpr int CHUNK = 256, HALF = CHUNK / 2;
 // stands in `mean`, and is not to be kept there.
 enum Flag { LOW = 1, LOW_GRAD = 2, REGENERATE = 4, HELD = 8, APART = 16 };
 
-// A tensor, as posterity/ops/fused.py packs it. Null where a pass has no use for a pointer.
+// A tensor: a word of each column of the table in posterity/ops/fused.py. Null where a pass has no use
+// for a pointer.
 struct Row {
   char *param;         // θ or m
   float *mean;         // m, or where sample() is to keep it
@@ -160,7 +162,7 @@ constexpr int64_t LARGE = 16384;  // chunks that no cache is expected to hold un
 extern "C" {
 
 // What the Python side and this file must agree on.
-int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 5); }
+int posterity_layout() { return int(sizeof(Row) << 16 | sizeof(Settings) << 4 | 6); }
 
 // How many instruction sets this machine has: 0 the baseline alone, 1 AVX2 too, 2 AVX-512 too.
 int posterity_levels() {
@@ -173,17 +175,22 @@ int posterity_levels() {
   return 0;
 }
 
-void posterity_run(int pass, const void *rows, int64_t n, const void *settings, int level,
+void posterity_run(int pass, const int64_t *table, int64_t n, const void *settings, int level,
                    int threads) {
   auto part = baseline::run;
 #ifdef X86
   if (level == 1) part = avx2::run;
   if (level == 2) part = avx512::run;
 #endif
+  std::vector<Row> rows(n);
   int64_t total = 0;
-  for (int64_t r = 0; r < n; r++) total += chunks(static_cast<const Row *>(rows)[r]);
-  const Job job{pass, static_cast<const Row *>(rows), n, static_cast<const Settings *>(settings),
-                total > LARGE};
+  for (int64_t r = 0; r < n; r++) {
+    int64_t words[sizeof(Row) / 8];
+    for (size_t column = 0; column < sizeof(Row) / 8; column++) words[column] = table[column * n + r];
+    std::memcpy(&rows[r], words, sizeof words);
+    total += chunks(rows[r]);
+  }
+  const Job job{pass, rows.data(), n, static_cast<const Settings *>(settings), total > LARGE};
   const int64_t useful = (total + GRAIN - 1) / GRAIN;
   if (threads > useful) threads = int(useful);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -196,7 +203,7 @@ void posterity_run(int pass, const void *rows, int64_t n, const void *settings, 
     part(job, total * i / of, total * (i + 1) / of);
   }
   if (pass == UPDATE)
-    for (int64_t r = 0; r < n; r++) *job.rows[r].step += 1;
+    for (int64_t r = 0; r < n; r++) *rows[r].step += 1;
 }
 
 }  // extern "C"

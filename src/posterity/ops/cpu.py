@@ -6,12 +6,11 @@ import ctypes
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import starmap
 
 import torch
 from torch import Tensor
 
-from .fused import ROW, SETTINGS, Fused, Row, Settings, Tensors
+from .fused import COLUMNS, SETTINGS, Fused, Settings, Tensors
 
 LEVELS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -31,7 +30,7 @@ def _library() -> ctypes.CDLL | str:
         layout = library.posterity_layout()
     except (OSError, AttributeError) as error:
         return f"{spec.origin} cannot be used: {error}"
-    if layout != ROW.size << 16 | SETTINGS.size << 4 | 5:
+    if layout != 8 * COLUMNS << 16 | SETTINGS.size << 4 | 6:
         return f"{spec.origin} was built from other sources: install posterity again"
     library.posterity_run.restype = None
     library.posterity_run.argtypes = (
@@ -65,7 +64,8 @@ class Cpu(Fused):
     def run(
         self,
         kind: int,
-        rows: list[Row],
+        table: bytes,
+        rows: int,
         settings: Settings,
         at: Tensor,
         done: Callable[[Sequence[int]], None],
@@ -76,11 +76,11 @@ class Cpu(Fused):
         assert isinstance(library, ctypes.CDLL)
         place = (0, 0, 1) if noise is None else (noise.key, int(noise.draw) % 2**64, noise.sign)
         packed = SETTINGS.pack(*place, *map(float, settings[1:]))
-        threads, joined = torch.get_num_threads(), b"".join(starmap(ROW.pack, rows))
+        threads = torch.get_num_threads()
         try:
-            library.posterity_run(kind, joined, len(rows), packed, _level(), threads)
+            library.posterity_run(kind, table, rows, packed, _level(), threads)
         finally:  # an interrupt comes after the pass, which has written then
-            done(range(len(rows)))
+            done(range(rows))
 
 
 def _level() -> int:

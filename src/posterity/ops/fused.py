@@ -1,14 +1,16 @@
 """What the fused implementations share: the face of the reference, over rows of addresses.
 
-A pass takes one row for each tensor and the settings of their group, and goes once over memory.
+A pass takes a table, of one row for each tensor, and the settings of their group, and goes once
+over memory.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, compress, repeat
+from itertools import chain, compress
 from operator import attrgetter, or_
 from typing import Any, NamedTuple
 
@@ -20,14 +22,13 @@ from .noise import Noise
 from .reference import floor
 
 Tensors = Sequence[Tensor]
-Row = tuple[int, ...]  # of a tensor, in the order of _cpu.cpp
+Words = Iterable[int]  # 64 bits of each tensor; an array packs by itself
 Number = float | Tensor  # a tensor where the host must not read it
 
 SAMPLE, UNSAMPLE, ACCUMULATE, UPDATE, NORMALS, RESTORE = range(6)  # passes
-ROW = struct.Struct("=7Q4qQ")
+COLUMNS = 12  # of a table: the words of _cpu.cpp's Row, one after another
 SETTINGS = struct.Struct("=QQ12d")  # key of the seed, number of the draw, sign, Settings
 LOW, LOW_GRAD, REGENERATE, HELD, APART = 1, 2, 4, 8, 16  # flags of a row
-NOTHING = repeat(0)
 DTYPES = (torch.float32, torch.bfloat16)
 DTYPE = attrgetter("dtype")
 
@@ -58,8 +59,8 @@ class Placed(list[Tensor]):
 
     def __init__(self, tensors: Iterable[Tensor]):
         super().__init__(tensors)
-        self.at = [*map(Tensor.data_ptr, self)]
-        self.sizes = [*map(Tensor.numel, self)]
+        self.at = array("q", map(Tensor.data_ptr, self))
+        self.sizes = array("q", map(Tensor.numel, self))
         self.low = [LOW * (t.dtype == torch.bfloat16) for t in self]
 
 
@@ -74,27 +75,27 @@ class Flat:
     def __init__(self):
         self.copies: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, tensors: Tensors) -> list[int]:
+    def __call__(self, tensors: Tensors) -> array[int]:
         """The addresses of memory to read."""
         if isinstance(tensors, Placed):
             return tensors.at
-        if all(map(Tensor.is_contiguous, tensors)):
-            return [*map(Tensor.data_ptr, tensors)]
-        flat = [t.contiguous() for t in tensors]
-        self.copies += ((t, copy) for t, copy in zip(tensors, flat, strict=True) if copy is not t)
-        return [*map(Tensor.data_ptr, flat)]
+        if not all(map(Tensor.is_contiguous, tensors)):
+            given, tensors = tensors, [t.contiguous() for t in tensors]
+            both = zip(given, tensors, strict=True)
+            self.copies += ((t, copy) for t, copy in both if copy is not t)
+        return array("q", map(Tensor.data_ptr, tensors))
 
-    def means(self, params: Tensors, means: Tensors) -> list[int]:
+    def means(self, params: Tensors, means: Tensors) -> array[int]:
         """The addresses of means; 0 where the mean's place is the parameter."""
         if means is params:
-            return [0] * len(params)
+            return array("q", bytes(8 * len(params)))
         if isinstance(means, Placed):
             return means.at
         apart = [m is not p for p, m in zip(params, means, strict=True)]
         found = iter(self([*compress(means, apart)]))
-        return [next(found) if is_apart else 0 for is_apart in apart]
+        return array("q", (next(found) if is_apart else 0 for is_apart in apart))
 
-    def grads(self, grads: Tensors) -> tuple[list[int], list[int]]:
+    def grads(self, grads: Tensors) -> tuple[array[int], list[int]]:
         """The addresses of gradients, and the flags of their dtypes."""
         kinds = {*map(DTYPE, grads)}
         if not kinds <= {*DTYPES} or any(map(Tensor.is_neg, grads)):
@@ -117,20 +118,22 @@ def table(
     like: Tensors,
     noise: Noise | None = None,
     *,
-    param: Iterable[int] = NOTHING,
-    mean: Iterable[int] = NOTHING,
-    grad: Iterable[int] = NOTHING,
-    sums: tuple[Iterable[int], Iterable[int]] = (NOTHING, NOTHING),
-    momentum: Iterable[int] = NOTHING,
-    hess: Iterable[int] = NOTHING,
-    flags: Iterable[int] = NOTHING,
-    steps: Iterable[int] = NOTHING,
-) -> list[Row]:
-    """What a pass needs to know of each tensor; addresses of 0 where it has no use for them."""
-    numbers, starts = (NOTHING, NOTHING) if noise is None else (noise.numbers, noise.starts)
-    addresses = param, mean, grad, *sums, momentum, hess
+    param: Words = (),
+    mean: Words = (),
+    grad: Words = (),
+    sums: tuple[Words, Words] = ((), ()),
+    momentum: Words = (),
+    hess: Words = (),
+    flags: Words = (),
+    steps: Words = (),
+) -> bytes:
+    """What a pass needs to know of each tensor, column by column; 0 where it has no use for it."""
+    numbers, starts = ((), ()) if noise is None else (noise.numbers, noise.starts)
     sizes = like.sizes if isinstance(like, Placed) else map(Tensor.numel, like)
-    return list(zip(*addresses, sizes, numbers, starts, flags, steps))  # noqa: B905
+    columns = param, mean, grad, *sums, momentum, hess, sizes, numbers, starts, flags, steps
+    nothing = bytes(8 * len(like))
+    packed = (c if isinstance(c, array) else array("q", c) if c != () else nothing for c in columns)
+    return b"".join(packed)
 
 
 def _low(params: Tensors) -> list[int]:
@@ -170,7 +173,8 @@ class Fused:
     def run(
         self,
         kind: int,
-        rows: list[Row],
+        table: bytes,
+        rows: int,
         settings: Settings,
         at: Tensor,
         done: Callable[[Sequence[int]], None],
@@ -180,7 +184,8 @@ class Fused:
 
         Args:
             kind: which one.
-            rows: as :func:`table` makes them.
+            table: as :func:`table` makes it.
+            rows: of how many tensors.
             settings: of their group.
             at: a tensor of the device where they are.
             done: to be told which rows have been written, also where an error follows.
@@ -191,21 +196,22 @@ class Fused:
     def _run(
         self,
         kind: int,
-        rows: list[Row],
+        table: bytes,
         settings: Settings,
         flat: Flat,
         written: Sequence[Tensors],
         steps: Tensors = (),
     ) -> None:
         """One pass, which writes ``written``, lists of a tensor for each row."""
+        rows = len(written[0])
 
         def done(which: Sequence[int]) -> None:
-            some = len(which) < len(rows)
+            some = len(which) < rows
             columns = [[column[i] for i in which] for column in written] if some else written
             flat.back([*chain(*columns)])
 
         if rows:
-            self.run(kind, rows, settings, written[0][0], done, steps)
+            self.run(kind, table, rows, settings, written[0][0], done, steps)
 
     def sample(
         self,
@@ -267,7 +273,7 @@ class Fused:
     def _update(
         self,
         flat: Flat,
-        rows: list[Row],
+        rows: bytes,
         steps: Tensors,
         noise: Noise | None,
         written: Sequence[Tensors],

@@ -14,10 +14,10 @@ training, which count up from 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -182,10 +182,10 @@ class Noise:
     pieces: Sequence[Sequence[tuple[int, int]] | None] | None = None
 
     @property
-    def starts(self) -> Iterable[int]:
-        """The first index of each, where it is one piece."""
+    def starts(self) -> Sequence[int]:
+        """The first index of each, where it is one piece; empty where all are whole."""
         if self.pieces is None:
-            return repeat(0, len(self.like))
+            return ()
         return [0 if parts is None else parts[0][0] for parts in self.pieces]
 
     @property

@@ -16,11 +16,12 @@ paper's lines (1) to (7).
 from __future__ import annotations
 
 import os
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import reduce
-from itertools import starmap
+from itertools import chain
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -30,11 +31,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import fused
-from .fused import ROW, SETTINGS, Fused, Row, Settings, Tensors
+from .fused import COLUMNS, SETTINGS, Fused, Settings, Tensors
 from .noise import CHUNK
 
 DRAW, NUMBERS = 1, 3  # words of the header
-WORDS = ROW.size // 8
 MEAN, GRAD_SUM, NUMEL, START, END = 1, 3, 7, 9, 10  # words of a row
 REMEMBERED = 1024  # headers and tables that stay on the device: a step has two of both a group
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
@@ -310,8 +310,10 @@ def _header(words: Sequence[Any], device: torch.device) -> Tensor:
     return header
 
 
-def _launches(rows: list[Row], device: torch.device) -> list[Launch]:
-    """The launches for these rows: one in all, if their memory is alike."""
+def _launches(table: bytes, device: torch.device) -> list[Launch]:
+    """The launches for a table's rows: one in all, if their memory is alike."""
+    words, n = array("q", table), len(table) // (8 * COLUMNS)
+    rows = [*zip(*(words[i : i + n] for i in range(0, len(words), n)), strict=True)]
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, (*addresses, numel, _, start, flags, _) in enumerate(rows):
         aligned = not reduce(or_, addresses) & 15 | (numel | start) & 3
@@ -324,7 +326,7 @@ def _launches(rows: list[Row], device: torch.device) -> list[Launch]:
             chosen.append((*row[:END], end, *row[END + 1 :]))
         memory = {name: bool(flags & flag) for name, flag in FLAGS.items()}
         memory |= {"MEAN": mean > 0, "SUMS": sums > 0, "ALIGNED": aligned > 0}
-        packed = b"".join(starmap(ROW.pack, chosen))
+        packed = array("q", chain(*chosen)).tobytes()
         found.append(Launch(members, _on(device, packed) if some else ONE, end, memory))
     return found
 
@@ -335,7 +337,7 @@ class Triton(Fused):
     name = "fused CUDA (Triton)"
 
     def __init__(self):
-        self._known: dict[Any, Any] = {}  # what was made on a stream, and of what
+        self._known: dict[Any, Any] = {}  # what was made on a stream, by what it was made of
 
     def restore(self, params: Tensors, means: Tensors):
         """θ → m; torch's own copy is one launch too."""
@@ -344,7 +346,8 @@ class Triton(Fused):
     def run(
         self,
         kind: int,
-        rows: list[Row],
+        table: bytes,
+        rows: int,
         settings: Settings,
         at: Tensor,
         done: Callable[[Sequence[int]], None],
@@ -357,13 +360,13 @@ class Triton(Fused):
         if isinstance(draw, Tensor) or any(isinstance(word, Tensor) for word in words):
             header = _header(words, device)
         else:
-            header = self._remembered(words, words, _header, device)
+            header = self._remembered(words, _header, device)
         number = 0
         if isinstance(draw, Tensor):
             header[DRAW].copy_(draw)
         else:
             number = (draw + 2**63) % 2**64 - 2**63
-        for launch in self._remembered(rows[0], rows, _launches, device):
+        for launch in self._remembered(table, _launches, device):
             if launch.programs:
                 with torch.cuda.device(device) if at.is_cuda else nullcontext():
                     _passes[(launch.programs,)](
@@ -373,7 +376,7 @@ class Triton(Fused):
                         PRICE=settings.square_scale <= 0,
                         PAIRS=PAIRS,
                         TILES=TILES,
-                        WORDS=WORDS,
+                        WORDS=COLUMNS,
                         enable_fp_fusion=True,
                     )
             done(launch.members)
@@ -381,21 +384,19 @@ class Triton(Fused):
                 counts = [steps[i] for i in launch.members]
                 torch._foreach_add_(counts, 1 if at.is_cuda else ONE)  # pyright: ignore
 
-    def _remembered(self, name: Any, given: Any, make: Callable[..., Any], device: torch.device):
-        """What ``make`` makes of what is given; the same again while that is the same."""
+    def _remembered(self, given: Any, make: Callable[..., Any], device: torch.device):
+        """What ``make`` makes of what is given; the same again the next time."""
         stream = 0  # memory that is let go is free for what its stream does next
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return make(given, device)  # a graph's memory holds nothing before its replay
             stream = torch.cuda.current_stream(device).cuda_stream
-        place = device, stream, name
-        known, made = self._known.get(place, (None, None))
-        if known != given:
+        place = device, stream, given
+        if place not in self._known:
             if len(self._known) >= REMEMBERED:
                 del self._known[next(iter(self._known))]  # the oldest
-            made = make(given, device)
-            self._known[place] = given, made
-        return made
+            self._known[place] = make(given, device)
+        return self._known[place]
 
 
 passes = Triton()
