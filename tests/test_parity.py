@@ -442,6 +442,72 @@ def test_rows_are_made_once_and_anew_where_memory_moved(triton, monkeypatch):
     assert len(made) == 1 + 3  # of the samples, and of the steps with each gradient
 
 
+def test_what_is_remembered_does_not_fill_the_device(triton, monkeypatch):
+    """Gradients that never return to an address make a table each step; the latest stay."""
+    module = import_module("posterity.ops.triton")
+    passes, made = module.Triton(), []
+    monkeypatch.setattr(module, "REMEMBERED", 3 * (module.LEAST + 1))
+    for given in "abcadaeb":
+        passes._remembered(given, lambda given, _: made.append(given) or given, torch.device("cpu"))
+    assert made == [*"abcdeb"]  # "a" was asked for again and again
+
+
+@pytest.mark.parametrize("store_mean", [True, False])
+@pytest.mark.parametrize("when", ["train", "eval", "step"])
+def test_a_pass_that_fails_after_some_launches_keeps_what_these_wrote(
+    when, store_mean, triton, monkeypatch
+):
+    """The tensor whose memory is aligned is one launch, the others are the second."""
+    module, launches = import_module("posterity.ops.triton"), 0
+    opts, weights = [], []
+    for _ in range(2):
+        rooms = [torch.arange(8.0, device=CUDA) for _ in range(3)]
+        mine = [torch.nn.Parameter(room[i:]) for i, room in enumerate(rooms)]
+        opts.append(IVON(mine, 0.1, ess=10.0, seed=0, store_mean=store_mean))
+        weights.append(mine)
+    start = [w.detach().clone() for w in weights[0]]
+    for opt, mine in zip(opts, weights, strict=True):
+        if when != "train":
+            opt.train()
+        for w in mine:
+            w.grad = torch.ones_like(w)
+    kernel = module._passes
+
+    class Failing:
+        def __getitem__(self, grid):
+            nonlocal launches
+            launches += 1
+            if launches == 2:
+                raise MemoryError
+            return kernel[grid]
+
+    opt, other = opts
+    monkeypatch.setattr(module, "_passes", Failing())
+    if when == "eval" and store_mean:  # there no pass runs
+        opt.eval()
+    else:
+        with pytest.raises(MemoryError):
+            getattr(opt, when)()
+    monkeypatch.setattr(module, "_passes", kernel)
+    opt.eval()
+    stepped = [False] * 3
+    if when == "step":
+        other.step()
+        stepped = [bool(opt.state[w]["step"]) for w in weights[0]]
+        assert stepped == [True, False, False]
+    for w, was, now, did in zip(weights[0], start, weights[1], stepped, strict=True):
+        torch.testing.assert_close(w.detach(), now.detach() if did else was)
+
+
+def test_lists_of_other_lengths_are_refused():
+    """A table of theirs would be read past its end."""
+    params = [torch.zeros(4), torch.zeros(4)]
+    for hess, numbers in (([torch.ones(4)], [0, 1]), (params, [0])):
+        made = noise.Noise(0, 0, 1, numbers, params)
+        with pytest.raises(ValueError, match="as many tensors"):
+            cpu.passes.sample(params, params, hess, made, **WIDTH)
+
+
 def test_settings_are_remembered_for_each_device(triton, monkeypatch):
     """Default streams of all devices have the same number."""
     passes = import_module("posterity.ops.triton").passes
@@ -539,8 +605,13 @@ def test_subclasses_of_tensor_go_to_the_reference():
     assert "Other" in describe([other], None)
 
 
-def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(cpu, "SETTINGS", struct.Struct("=QQ13d"))
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("SETTINGS", struct.Struct("=QQ13d")), ("COLUMNS", 13)],
+    ids=["settings", "rows"],
+)
+def test_a_library_of_other_sources_is_not_used(name, other, monkeypatch):
+    monkeypatch.setattr(cpu, name, other)
     assert "other sources" in cpu._library.__wrapped__()
 
 

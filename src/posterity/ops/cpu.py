@@ -64,8 +64,7 @@ class Cpu(Fused):
     def run(
         self,
         kind: int,
-        table: bytes,
-        rows: int,
+        packed: bytes,
         settings: Settings,
         at: Tensor,
         done: Callable[[Sequence[int]], None],
@@ -75,10 +74,10 @@ class Cpu(Fused):
         library, noise = _library(), settings.noise
         assert isinstance(library, ctypes.CDLL)
         place = (0, 0, 1) if noise is None else (noise.key, int(noise.draw) % 2**64, noise.sign)
-        packed = SETTINGS.pack(*place, *map(float, settings[1:]))
-        threads = torch.get_num_threads()
+        how = SETTINGS.pack(*place, *map(float, settings[1:]))
+        rows, threads = len(packed) // (8 * COLUMNS), torch.get_num_threads()
         try:
-            library.posterity_run(kind, table, rows, packed, _level(), threads)
+            library.posterity_run(kind, packed, rows, how, _level(), threads)
         finally:  # an interrupt comes after the pass, which has written then
             done(range(rows))
 

@@ -83,7 +83,7 @@ class Flat:
             given, tensors = tensors, [t.contiguous() for t in tensors]
             both = zip(given, tensors, strict=True)
             self.copies += ((t, copy) for t, copy in both if copy is not t)
-        return array("q", map(Tensor.data_ptr, tensors))
+        return array("q", [*map(Tensor.data_ptr, tensors)])
 
     def means(self, params: Tensors, means: Tensors) -> array[int]:
         """The addresses of means; 0 where the mean's place is the parameter."""
@@ -127,13 +127,19 @@ def table(
     flags: Words = (),
     steps: Words = (),
 ) -> bytes:
-    """What a pass needs to know of each tensor, column by column; 0 where it has no use for it."""
+    """What a pass needs to know of each tensor, column by column; 0 where it has no use for it.
+
+    Raises:
+        ValueError: columns of different lengths.
+    """
     numbers, starts = ((), ()) if noise is None else (noise.numbers, noise.starts)
     sizes = like.sizes if isinstance(like, Placed) else map(Tensor.numel, like)
     columns = param, mean, grad, *sums, momentum, hess, sizes, numbers, starts, flags, steps
+    packed = [column if isinstance(column, array) else array("q", column) for column in columns]
+    if not {*map(len, packed)} <= {0, len(like)}:
+        raise ValueError("a pass takes lists of as many tensors each")
     nothing = bytes(8 * len(like))
-    packed = (c if isinstance(c, array) else array("q", c) if c != () else nothing for c in columns)
-    return b"".join(packed)
+    return b"".join(column or nothing for column in packed)
 
 
 def _low(params: Tensors) -> list[int]:
@@ -173,8 +179,7 @@ class Fused:
     def run(
         self,
         kind: int,
-        table: bytes,
-        rows: int,
+        packed: bytes,
         settings: Settings,
         at: Tensor,
         done: Callable[[Sequence[int]], None],
@@ -184,8 +189,7 @@ class Fused:
 
         Args:
             kind: which one.
-            table: as :func:`table` makes it.
-            rows: of how many tensors.
+            packed: the rows, as :func:`table` makes them.
             settings: of their group.
             at: a tensor of the device where they are.
             done: to be told which rows have been written, also where an error follows.
@@ -196,22 +200,21 @@ class Fused:
     def _run(
         self,
         kind: int,
-        table: bytes,
+        packed: bytes,
         settings: Settings,
         flat: Flat,
         written: Sequence[Tensors],
         steps: Tensors = (),
     ) -> None:
         """One pass, which writes ``written``, lists of a tensor for each row."""
-        rows = len(written[0])
 
         def done(which: Sequence[int]) -> None:
-            some = len(which) < rows
+            some = len(which) < len(written[0])
             columns = [[column[i] for i in which] for column in written] if some else written
             flat.back([*chain(*columns)])
 
-        if rows:
-            self.run(kind, table, rows, settings, written[0][0], done, steps)
+        if packed:
+            self.run(kind, packed, settings, written[0][0], done, steps)
 
     def sample(
         self,
@@ -273,7 +276,7 @@ class Fused:
     def _update(
         self,
         flat: Flat,
-        rows: bytes,
+        packed: bytes,
         steps: Tensors,
         noise: Noise | None,
         written: Sequence[Tensors],
@@ -286,7 +289,7 @@ class Fused:
         s["lr"] = s["lr"] * (s["hess_init"] + s["weight_decay"] if rescale_lr else 1)
         square = (gradsq_scale or 0.0) if hess_approx == "gradsq" else 0.0
         settings = _settings(noise, gradsq_scale=square, **s)
-        self._run(UPDATE, rows, settings, flat, written, steps)
+        self._run(UPDATE, packed, settings, flat, written, steps)
 
     def update(
         self,

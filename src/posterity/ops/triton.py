@@ -36,7 +36,8 @@ from .noise import CHUNK
 
 DRAW, NUMBERS = 1, 3  # words of the header
 MEAN, GRAD_SUM, NUMEL, START, END = 1, 3, 7, 9, 10  # words of a row
-REMEMBERED = 1024  # headers and tables that stay on the device: a step has two of both a group
+REMEMBERED = 1 << 22  # bytes of headers and tables that stay on the device
+LEAST = 512  # that the allocator gives to each
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
 PAIRS = 4096 if INTERPRETED else 512  # counters of a tile; each makes two normals
 TILES = 2 if INTERPRETED else 8  # of a program
@@ -310,9 +311,9 @@ def _header(words: Sequence[Any], device: torch.device) -> Tensor:
     return header
 
 
-def _launches(table: bytes, device: torch.device) -> list[Launch]:
+def _launches(packed: bytes, device: torch.device) -> list[Launch]:
     """The launches for a table's rows: one in all, if their memory is alike."""
-    words, n = array("q", table), len(table) // (8 * COLUMNS)
+    words, n = array("q", packed), len(packed) // (8 * COLUMNS)
     rows = [*zip(*(words[i : i + n] for i in range(0, len(words), n)), strict=True)]
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, (*addresses, numel, _, start, flags, _) in enumerate(rows):
@@ -326,8 +327,8 @@ def _launches(table: bytes, device: torch.device) -> list[Launch]:
             chosen.append((*row[:END], end, *row[END + 1 :]))
         memory = {name: bool(flags & flag) for name, flag in FLAGS.items()}
         memory |= {"MEAN": mean > 0, "SUMS": sums > 0, "ALIGNED": aligned > 0}
-        packed = array("q", chain(*chosen)).tobytes()
-        found.append(Launch(members, _on(device, packed) if some else ONE, end, memory))
+        own = _on(device, array("q", chain(*chosen)).tobytes()) if some else ONE
+        found.append(Launch(members, own, end, memory))
     return found
 
 
@@ -338,6 +339,7 @@ class Triton(Fused):
 
     def __init__(self):
         self._known: dict[Any, Any] = {}  # what was made on a stream, by what it was made of
+        self._room = 0  # bytes that it takes
 
     def restore(self, params: Tensors, means: Tensors):
         """θ → m; torch's own copy is one launch too."""
@@ -346,8 +348,7 @@ class Triton(Fused):
     def run(
         self,
         kind: int,
-        table: bytes,
-        rows: int,
+        packed: bytes,
         settings: Settings,
         at: Tensor,
         done: Callable[[Sequence[int]], None],
@@ -366,7 +367,7 @@ class Triton(Fused):
             header[DRAW].copy_(draw)
         else:
             number = (draw + 2**63) % 2**64 - 2**63
-        for launch in self._remembered(table, _launches, device):
+        for launch in self._remembered(packed, _launches, device):
             if launch.programs:
                 with torch.cuda.device(device) if at.is_cuda else nullcontext():
                     _passes[(launch.programs,)](
@@ -392,11 +393,16 @@ class Triton(Fused):
                 return make(given, device)  # a graph's memory holds nothing before its replay
             stream = torch.cuda.current_stream(device).cuda_stream
         place = device, stream, given
-        if place not in self._known:
-            if len(self._known) >= REMEMBERED:
-                del self._known[next(iter(self._known))]  # the oldest
-            self._known[place] = make(given, device)
-        return self._known[place]
+        made = self._known.pop(place, None)
+        if made is None:
+            made = make(given, device)
+            self._room += LEAST + len(given)
+        self._known[place] = made  # the latest last
+        while self._room > REMEMBERED and len(self._known) > 1:
+            oldest = next(iter(self._known))
+            del self._known[oldest]
+            self._room -= LEAST + len(oldest[-1])
+        return made
 
 
 passes = Triton()
