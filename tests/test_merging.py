@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -621,13 +622,14 @@ def test_files_are_merged_with_one_tensor_of_each_in_memory(tmp_path):
     value = {f"w{i}": torch.full((512, 512), 1.5) for i in range(12)}
     saved(tmp_path, [Posterior(value, value, prior_precision=0.5)] * 7)
     used = {}
+    at_once = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps what is freed
     for how in ("files", "memory"):
         run = [sys.executable, "-c", MEASURED, how, str(tmp_path)]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(run, env=at_once, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         used[how] = float(done.stdout)
     # one tensor of each: 14 MB of the files and 28 in float64; the rule's own are 2 MB each
-    assert used["files"] < 80, used
+    assert used["files"] < 60, used
     assert used["memory"] > 168, used  # that it is measured at all
 
 
