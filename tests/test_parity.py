@@ -502,7 +502,7 @@ def test_a_pass_that_fails_after_some_launches_keeps_what_these_wrote(
 def test_lists_of_other_lengths_are_refused():
     """A table of theirs would be read past its end."""
     params = [torch.zeros(4), torch.zeros(4)]
-    for hess, numbers in (([torch.ones(4)], [0, 1]), (params, [0])):
+    for hess, numbers in (([torch.ones(4)], [0, 1]), ([], [0, 1]), (params, [0])):
         made = noise.Noise(0, 0, 1, numbers, params)
         with pytest.raises(ValueError, match="as many tensors"):
             cpu.passes.sample(params, params, hess, made, **WIDTH)

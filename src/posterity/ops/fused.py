@@ -135,11 +135,12 @@ def table(
     numbers, starts = ((), ()) if noise is None else (noise.numbers, noise.starts)
     sizes = like.sizes if isinstance(like, Placed) else map(Tensor.numel, like)
     columns = param, mean, grad, *sums, momentum, hess, sizes, numbers, starts, flags, steps
-    packed = [column if isinstance(column, array) else array("q", column) for column in columns]
-    if not {*map(len, packed)} <= {0, len(like)}:
+    nothing = array("q", bytes(8 * len(like)))
+    given = (nothing if column == () else column for column in columns)
+    packed = [column if isinstance(column, array) else array("q", column) for column in given]
+    if {*map(len, packed)} != {len(like)}:
         raise ValueError("a pass takes lists of as many tensors each")
-    nothing = bytes(8 * len(like))
-    return b"".join(column or nothing for column in packed)
+    return b"".join(packed)
 
 
 def _low(params: Tensors) -> list[int]:
