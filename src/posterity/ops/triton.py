@@ -2,8 +2,9 @@
 
 What a pass needs travels as 64-bit words, copied without waiting: a header with the settings, and a
 row for each tensor. Both stay on the device, for the next time they say the same; the draw's number
-comes with the launch. What is a tensor itself (the draw's number, a learning rate) is written into the header
-on the device, and step counters are read there, so that a CUDA graph replays their new values.
+comes with the launch. What is a tensor itself (the draw's number, a learning rate) is written into
+the header on the device, and step counters are read there, so that a CUDA graph replays their new
+values.
 
 The arithmetic is that of ``_cpu.cpp``, the noise that of ``noise.py``; numbers in brackets are the
 paper's lines (1) to (7).
