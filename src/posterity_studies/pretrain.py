@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -23,6 +24,7 @@ from posterity import Posterior
 from posterity.binding import Samples
 from posterity.language import perplexity
 from posterity_studies import ranks, runs
+from posterity_studies.graphs import Replayed
 from posterity_studies.models.gpt import GPT, GPT2, GPTConfig
 from posterity_studies.recipes import Diverged, UserError
 from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
@@ -40,7 +42,7 @@ class Pretraining:
     warmup: int = 100  # steps; cosine decay to zero after
     clip: float = 1.0  # of the gradient's norm, per micro-batch
     bf16: bool = False  # autocast
-    compiled: bool = False
+    compiled: bool = False  # the network; and on a GPU steps are replayed as a CUDA graph
     every: int = 100  # steps between looks at the held-out text, and checkpoints
     held: int = 96  # held-out sequences at each look
 
@@ -145,11 +147,15 @@ def _pretrain(
     replica = ranks.replica(model)
     if what.compiled:
         replica = cast(nn.Module, torch.compile(replica))
+    step_on = partial(_step, what, replica, opt)
+    if what.compiled and ranks.alone():
+        step_on = Replayed(step_on)
     losses: list[Tensor] = []
     left = range(done + 1, what.steps + 1)
     start, written, cost = time.perf_counter(), -math.inf, 0.0
     for step in progress(left, len(left), f"{type(settings).__name__}, seed {seed}"):
-        losses.append(_step(what, replica, opt, windows(train, what.batch, context, seed, step)))
+        mine = ranks.part(windows(train, what.batch, context, seed, step))
+        losses.append(step_on(mine.to(ranks.device())))
         schedule.step()
         if step % what.every and step < what.steps:
             continue
@@ -204,12 +210,12 @@ def windows(tokens: Tensor, batch: int, context: int, seed: int, step: int) -> T
 
 
 def _step(what: Pretraining, model: nn.Module, opt: torch.optim.Optimizer, rows: Tensor) -> Tensor:
-    """One step, and its loss; each micro-batch is seen at a posterior sample of its own.
+    """One step on this rank's sequences, and its loss; each micro-batch has a sample of its own.
 
     IVON averages the samples' gradients; without samples they are added up.
     """
     model.train()
-    parts = ranks.part(rows).to(ranks.device()).split(what.micro)
+    parts = rows.split(what.micro)
     sampled_params = getattr(opt, "sampled_params", None)
     opt.zero_grad()
     losses = []

@@ -155,6 +155,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 def recipe_of(result: dict[str, Any]) -> Recipe:
     """The recipe of a finished run."""
     given = (
+        "ood",
         "epochs",
         "batch_size",
         "samples",

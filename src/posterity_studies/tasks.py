@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Task:
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
-    ood: Tensor
+    ood: Tensor | None
     images: Tensor  # of the test
     train_images: Tensor
     class_names: tuple[str, ...]
@@ -32,7 +33,13 @@ class Task:
         self, order: Sequence[Tensor], augment: bool, seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's batches: this rank's part of each, where it computes."""
-        return (picked(*self.train, augment, batch) for batch in order)
+        return (picked(*self._near, augment, batch) for batch in order)
+
+    @cached_property
+    def _near(self) -> tuple[Tensor, Tensor]:
+        """The training examples where this rank computes."""
+        inputs, targets = self.train
+        return inputs.to(ranks.device()), targets.to(ranks.device())
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +95,8 @@ def load_task(recipe: Recipe) -> Task:
     Raises:
         UserError: more validation images than there are training images.
     """
-    known, unknown = data.load(recipe.data), data.load(recipe.ood)
+    known = data.load(recipe.data)
+    unknown = data.load(recipe.ood) if recipe.ood else None
     images, targets = known.train.inputs, known.train.targets
     test_images, test_targets = known.test.inputs, known.test.targets
     if not 0 <= recipe.validation < len(targets):
@@ -103,11 +111,11 @@ def load_task(recipe: Recipe) -> Task:
     return Task(
         train=(known.normalise(images), targets),
         test=(known.normalise(test_images), test_targets),
-        ood=known.normalise(known.as_seen(unknown.test.inputs)),
+        ood=known.normalise(known.as_seen(unknown.test.inputs)) if unknown else None,
         images=test_images,
         train_images=images,
         class_names=known.class_names,
-        digest=f"{known.digest} {unknown.digest}",
+        digest=f"{known.digest} {unknown.digest}" if unknown else str(known.digest),
         wrong=wrong,
     )
 
@@ -130,13 +138,13 @@ def batches(n: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
 
 
 def picked(inputs: Tensor, targets: Tensor, augment: bool, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's part of a batch, where it computes."""
-    mine = ranks.part(batch)
+    """This rank's part of a batch."""
+    mine = ranks.part(batch).to(inputs.device)
     x, y = inputs[mine], targets[mine]
     if augment:
         where = torch.randint(9, (len(batch), 2)), torch.randint(2, (len(batch),)).bool()
-        x = shifted(x, *map(ranks.part, where))
-    return x.to(ranks.device()), y.to(ranks.device())
+        x = shifted(x, *(ranks.part(w).to(x.device) for w in where))
+    return x, y
 
 
 def shifted(images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
@@ -145,9 +153,9 @@ def shifted(images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
     images: normalised (n, channels, height, width); those of ``mirrored`` are also turned over.
     """
     height, width = images.shape[-2:]
-    rows = corners[:, :1] + torch.arange(height)
-    columns = corners[:, 1:] + torch.arange(width)
+    rows = corners[:, :1] + torch.arange(height, device=images.device)
+    columns = corners[:, 1:] + torch.arange(width, device=images.device)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     padded = nn.functional.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
-    each = torch.arange(len(images))[:, None, None]
+    each = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

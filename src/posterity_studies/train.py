@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,12 @@ from posterity import metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
 from posterity_studies.data.imagenet import Pictures
+from posterity_studies.graphs import Replayed
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Diverged, Recipe, UserError
 from posterity_studies.tasks import WORKERS, Streamed, Task, batches, load
 
-EVAL_BATCH = 250  # small enough for a CPU's cache
+EVAL_BATCH = 1000 if torch.cuda.is_available() else 250  # small enough for a CPU's cache
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, label) → items
 Watch = Callable[[int, nn.Module, torch.optim.Optimizer], None]  # after step 1, 2, …
@@ -39,7 +41,7 @@ def configuration(recipe: Recipe, optimizer: str, seed: int) -> dict[str, Any]:
     """All that decides a run's bits, as plain values."""
     settings = {"optimizer": optimizer, **asdict(recipe.settings(optimizer))}
     rest = {k: v for k, v in asdict(recipe).items() if k not in ("optimizers", "search")}
-    for key in ("label_noise", "augment"):  # as it was before there was any
+    for key in ("label_noise", "augment", "compiled"):  # as it was before there was any
         if not rest[key]:
             del rest[key]
     return json.loads(json.dumps({**rest, "settings": settings, "seed": seed}))
@@ -113,11 +115,19 @@ def _train(
     forget_peak_memory()
     done, seconds = _resume(folder / "checkpoint.pt", model, opt, schedule, log)
     replica = ranks.replica(model)
+    if recipe.compiled:
+        replica = cast(nn.Module, torch.compile(replica, dynamic=False))
+    step = partial(_step, replica, opt)
+    if recipe.compiled and ranks.alone():
+        step = Replayed(step)
     for epoch in range(done, recipe.epochs):
         order = batches(n, recipe.batch_size, seed, epoch)
         bar = progress(range(len(order)), len(order), f"{optimizer} epoch {epoch + 1}")
         feed = task.feed(order, recipe.augment, seed, epoch)
-        seconds.append(_epoch(replica, opt, schedule, feed, order, seed, epoch, bar, log, watch))
+        replica.train()
+        seconds.append(
+            _epoch(step, model, opt, schedule, feed, order, seed, epoch, bar, log, watch)
+        )
         if not ranks.first():
             continue
         at_mean = evaluate(model, None, task.test)
@@ -163,6 +173,7 @@ def diagnosed(
 
 
 def _epoch(
+    step: Callable[..., Tensor],
     model: nn.Module,
     opt: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -175,30 +186,36 @@ def _epoch(
     watch: Watch | None,
 ) -> float:
     """One pass over the data; how long it took, in seconds."""
-    model.train()
-    sampled_params = getattr(opt, "sampled_params", lambda train: nullcontext())
-    backward = getattr(opt, "backward", _backward)
     torch.manual_seed(1_000_003 * seed + epoch)  # a resumed run repeats what is random
     losses, rates = [], []
     start = time.perf_counter()
     for i, (inputs, targets) in zip(bar, feed, strict=False):  # the bar ends first
+        rates.append(torch.as_tensor(opt.param_groups[0]["lr"], dtype=torch.float64).clone())
         share = ranks.world() / len(order[i])  # ranks are averaged: this makes it the batch's mean
-        found = []
-        for _ in range(opt.param_groups[0].get("mc_samples", 1)):
-            with sampled_params(train=True):
-                opt.zero_grad()
-                found.append(backward(model, inputs, targets, share))
-        opt.step()
-        losses.append(torch.stack(found).mean())
-        rates.append(opt.param_groups[0]["lr"])
+        losses.append(step(inputs, targets, share=share))
         schedule.step()
         if watch:
             watch(epoch * len(order) + i + 1, model, opt)
+    whole = ranks.average(torch.stack(losses)).tolist()  # a GPU is waited for
     seconds = time.perf_counter() - start
-    whole = ranks.average(torch.stack(losses)).tolist()
-    numbered = enumerate(zip(whole, rates, strict=True), epoch * len(order) + 1)
+    numbered = enumerate(zip(whole, map(float, rates), strict=True), epoch * len(order) + 1)
     log.write(*({"step": step, "loss": loss, "lr": lr} for step, (loss, lr) in numbered))
     return seconds
+
+
+def _step(
+    model: nn.Module, opt: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, share: float
+) -> Tensor:
+    """One step, on as many posterior samples as the optimizer wants; their mean loss."""
+    sampled_params = getattr(opt, "sampled_params", lambda train: nullcontext())
+    backward = getattr(opt, "backward", _backward)
+    found = []
+    for _ in range(opt.param_groups[0].get("mc_samples", 1)):
+        with sampled_params(train=True):
+            opt.zero_grad()
+            found.append(backward(model, inputs, targets, share))
+    opt.step()
+    return torch.stack(found).mean()
 
 
 def _backward(model: nn.Module, inputs: Tensor, targets: Tensor, share: float) -> Tensor:

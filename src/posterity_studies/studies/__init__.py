@@ -20,7 +20,7 @@ from posterity_studies.train import Progress, silent
 # smoke: seconds, for tests, its numbers mean nothing; gpu: minutes on one; paper: the
 # published size, on several
 Scale = Literal["smoke", "desk", "gpu", "paper"]
-GPU = ("pretraining",)  # studies that have that scale
+GPU = ("pretraining", "classification")  # studies that have that scale
 PAPER = (
     "pretraining",
     "classification",

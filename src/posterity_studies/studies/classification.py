@@ -7,24 +7,36 @@ whose recipe is `imagenet-resnet50`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from posterity_studies import compare, jobs
-from posterity_studies.recipes import PUBLISHED, recipe
+from posterity_studies.recipes import PUBLISHED, Recipe, recipe
 from posterity_studies.studies.pictures import COLOURS, label, picture
 from posterity_studies.train import Progress
 
 METRICS = ("accuracy", "nll", "ece", "brier")
-NAMES = {"smoke": ("smoke",), "desk": ("cifar10-resnet20",), "paper": tuple(PUBLISHED)}
+NAMES = {
+    "smoke": ("smoke",),
+    "desk": ("cifar10-resnet20",),
+    "gpu": ("cifar10-resnet20-frn",),
+    "paper": tuple(PUBLISHED),
+}
 
 
 def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> dict[str, Any]:
     """A row for each recipe, optimizer and evaluation: means and standard deviations over seeds."""
+
+    def asked(name: str) -> Recipe:
+        if scale != "gpu":
+            return recipe(name)
+        return replace(recipe(name), ood="", compiled=True)  # SVHN is in no registry
+
     work = [
         (chosen, optimizer, seed, compare.run_folder(out / chosen.name, optimizer, seed))
-        for chosen in map(recipe, NAMES[scale])
+        for chosen in map(asked, NAMES[scale])
         for optimizer in chosen.optimizers
         for seed in seeds
     ]
