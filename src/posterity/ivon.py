@@ -295,17 +295,26 @@ class IVON(Optimizer):
         sizes = [len(group["params"]) for group in self.param_groups]
         trained = [*map(TRAINED, params)]
         learning = [*compress(params, trained)]  # frozen ones may be anything
-        states = [state for state in self.state.values() if state]
         try:
-            held = [*chain.from_iterable(map(HELD, states))]
+            states, held = self._held()
         except KeyError:  # some state is still to be made
             return [object()], []
-        held += [state["mean"] for state in states if "mean" in state]
-        memory = [[*map(Tensor.data_ptr, every)] for every in (learning, held)]
         kinds = [[*map(ask, learning)] for ask in AS_IT_IS]
         whole = self._whole["fused"], self._whole["capturable"]
         same = [*self.param_groups, *params, *states, *held]
-        return same, [sizes, trained, *memory, *kinds, whole]
+        return same, [_addresses(learning), _addresses(held), sizes, trained, *kinds, whole]
+
+    def _held(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        """All state, and its tensors."""
+        states = [state for state in self.state.values() if state]
+        held = [*chain.from_iterable(map(HELD, states))]
+        return states, held + [state["mean"] for state in states if "mean" in state]
+
+    def _stayed(self, params: list[Tensor]) -> bool:
+        """Whether the memory of what is trained is where the last draw found it."""
+        with suppress(KeyError):
+            return [_addresses(params), _addresses(self._held()[1])] == self._seen[1][:2]
+        return False
 
     def _look(self) -> list[Slot]:
         known, slots, number, sharded = self._known, [], -1, False
@@ -601,7 +610,8 @@ class IVON(Optimizer):
         if found_inf is not None and float(found_inf):
             return None
         draw = self._window.draw
-        self._slots()  # the parameters may have moved since the sample was drawn
+        if draw is None or not self._stayed([s.param for s in draw.slots.values()]):
+            self._slots()  # they have moved since the sample was drawn
         unscaled = found_inf is not None and scale is None
         if unscaled and draw is not None and draw.products is not None:
             raise RuntimeError(UNSCALED)
@@ -860,3 +870,7 @@ class IVON(Optimizer):
                 steps = int(state["step"])
                 layers.append(Layer.of(name, mean, momentum, hess, steps, slot.group))
         return Diagnostics(layers, loss, batch)
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return [*map(Tensor.data_ptr, tensors)]

@@ -340,7 +340,8 @@ class Fused:
             flags=[flag | (low or held) for flag, low, held in zip(flags, low, held, strict=True)],
             steps=flat(steps),
         )
-        self._update(flat, rows, steps, noise, [params, means, momentum, hess], **s)
+        written = [params, momentum, hess, *([means] if any(low) else ())]
+        self._update(flat, rows, steps, noise, written, **s)
 
     def normals(self, noise: Noise, outs: Tensors) -> None:
         """Write the draw's normals into contiguous float32 tensors."""

@@ -383,7 +383,8 @@ class Triton(Fused):
                     )
             done(launch.members)
             if steps:
-                counts = [steps[i] for i in launch.members]
+                some = len(launch.members) < len(steps)
+                counts = [steps[i] for i in launch.members] if some else list(steps)
                 torch._foreach_add_(counts, 1 if at.is_cuda else ONE)  # pyright: ignore
 
     def _remembered(self, given: Any, make: Callable[..., Any], device: torch.device):
