@@ -442,6 +442,46 @@ def test_rows_are_made_once_and_anew_where_memory_moved(triton, monkeypatch):
     assert len(made) == 1 + 3  # of the samples, and of the steps with each gradient
 
 
+@pytest.mark.skipif(CUDA != "cpu", reason="the interpreter stands in for compiled kernels")
+def test_a_compiled_kernel_is_started_with_the_constants_of_its_signature(triton, monkeypatch):
+    module, asked, started = import_module("posterity.ops.triton"), [], []
+    passes = module._passes
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def start(*given):
+                started.append(grid)
+                constants = dict(zip(module.CONSTANTS, given[4:], strict=True))
+                passes[grid[:1]](*given[:4], **constants)
+
+            return start
+
+    class Compiling:
+        def __getitem__(self, grid):
+            def start(*given, **constants):
+                asked.append(constants)
+                passes[grid](*given, **constants)
+                return Kernel()
+
+            return start
+
+    monkeypatch.setattr(module, "_passes", Compiling())
+    monkeypatch.setattr(module.passes, "_compiled", {})
+    found = []
+    for way in (None, False):
+        w, rest = (torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (300, 7))
+        opt = IVON([w, rest], 0.1, ess=10.0, seed=0, fused=way)
+        for _ in range(4):
+            opt.train()
+            w.grad, rest.grad = w.detach() ** 3, rest.detach() ** 3
+            opt.step()
+        found.append(torch.cat([w.detach(), rest.detach()]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert len(asked) == len({str(constants) for constants in asked}) == 4  # sample and step, twice
+    assert len(started) == 4 * 4 - len(asked)
+    assert set(module.CONSTANTS) | {"enable_fp_fusion"} == asked[0].keys()
+
+
 def test_what_is_remembered_does_not_fill_the_device(triton, monkeypatch):
     """Gradients that never return to an address make a table each step; the latest stay."""
     module = import_module("posterity.ops.triton")
@@ -483,6 +523,7 @@ def test_a_pass_that_fails_after_some_launches_keeps_what_these_wrote(
 
     opt, other = opts
     monkeypatch.setattr(module, "_passes", Failing())
+    monkeypatch.setattr(module.passes, "_compiled", {})
     if when == "eval" and store_mean:  # there no pass runs
         opt.eval()
     else:

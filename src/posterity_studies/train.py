@@ -116,6 +116,7 @@ def _train(
     done, seconds = _resume(folder / "checkpoint.pt", model, opt, schedule, log)
     replica = ranks.replica(model)
     if recipe.compiled:
+        torch.backends.cudnn.benchmark = True  # shapes stay as they are
         replica = cast(nn.Module, torch.compile(replica, dynamic=False))
     step = partial(_step, replica, opt)
     if recipe.compiled and ranks.alone():

@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from . import fused
 from .fused import COLUMNS, SETTINGS, Fused, Settings, Tensors
@@ -282,6 +283,11 @@ def _passes(
                 tl.store(hess, e, inside)
 
 
+SIZES = {"PAIRS": PAIRS, "TILES": TILES, "WORDS": COLUMNS}
+CONSTANTS = _passes.arg_names[4:]
+DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # kernels take constants
+
+
 class Launch(NamedTuple):
     """One of the launches for a list of rows: those of one kind of memory, and what compiles."""
 
@@ -341,6 +347,7 @@ class Triton(Fused):
     def __init__(self):
         self._known: dict[Any, Any] = {}  # what was made on a stream, by what it was made of
         self._room = 0  # bytes that it takes
+        self._compiled: dict[Any, Any] = {}  # kernels, by what decides them
 
     def restore(self, params: Tensors, means: Tensors):
         """θ → m; torch's own copy is one launch too."""
@@ -368,24 +375,36 @@ class Triton(Fused):
             header[DRAW].copy_(draw)
         else:
             number = (draw + 2**63) % 2**64 - 2**63
+        away = at.is_cuda and device.index != torch.cuda.current_device()
         for launch in self._remembered(packed, _launches, device):
             if launch.programs:
-                with torch.cuda.device(device) if at.is_cuda else nullcontext():
-                    _passes[(launch.programs,)](
-                        *(header, launch.rows, len(launch.members), number),
-                        **launch.memory,
-                        PASS=kind,
-                        PRICE=settings.square_scale <= 0,
-                        PAIRS=PAIRS,
-                        TILES=TILES,
-                        WORDS=COLUMNS,
-                        enable_fp_fusion=True,
-                    )
+                price = settings.square_scale <= 0
+                constants = launch.memory | {"PASS": kind, "PRICE": price, **SIZES}
+                given = header, launch.rows, len(launch.members), number
+                with torch.cuda.device(device) if away else nullcontext():
+                    self._launch(device, launch.programs, given, constants)
             done(launch.members)
             if steps:
                 some = len(launch.members) < len(steps)
                 counts = [steps[i] for i in launch.members] if some else list(steps)
                 torch._foreach_add_(counts, 1 if at.is_cuda else ONE)  # pyright: ignore
+
+    def _launch(
+        self,
+        device: torch.device,
+        programs: int,
+        given: tuple[Tensor, Tensor, int, int],
+        constants: dict[str, Any],
+    ) -> None:
+        """Launch; what was compiled once is started without asking again what it is to be."""
+        wide = tuple(abs(number) >= 2**31 for number in given[2:])  # all that its types depend on
+        what = device, wide, *constants.values()
+        if kernel := self._compiled.get(what):
+            kernel[programs, 1, 1](*given, *(constants[name] for name in CONSTANTS))
+            return
+        kernel = _passes[(programs,)](*given, **constants, enable_fp_fusion=True)
+        if DIRECT and kernel is not None:  # the interpreter compiles nothing
+            self._compiled[what] = kernel
 
     def _remembered(self, given: Any, make: Callable[..., Any], device: torch.device):
         """What ``make`` makes of what is given; the same again the next time."""
@@ -393,7 +412,7 @@ class Triton(Fused):
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return make(given, device)  # a graph's memory holds nothing before its replay
-            stream = torch.cuda.current_stream(device).cuda_stream
+            stream = driver.active.get_current_stream(device.index)  # pyright: ignore
         place = device, stream, given
         made = self._known.pop(place, None)
         if made is None:
