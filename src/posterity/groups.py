@@ -68,6 +68,8 @@ def share_counters(groups: list[Group]) -> None:
         device = next((p.device for g in groups for p in g["params"] if p.requires_grad), "cpu")
         for name in ("draws", "eval_draws"):
             first[name] = torch.as_tensor(first[name], dtype=torch.int64, device=device)
+    else:
+        first |= {name: int(first[name]) for name in ("draws", "eval_draws")}
     for group in groups:
         group.update({k: first[k] for k in COUNTERS})
 

@@ -17,7 +17,7 @@ from posterity import IVON, Posterior, metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
 from posterity_studies.recipes import Diverged, UserError
-from posterity_studies.settings import FinetuneAdamw, FinetuneIvon, Settings
+from posterity_studies.settings import FinetuneAdamw, FinetuneIvon, Settings, taken_up
 from posterity_studies.subjects import MiniLM, Pretrained, Row, Rows, SmolLM2, Subject
 from posterity_studies.train import Progress, silent
 
@@ -159,8 +159,7 @@ def finetune(
     if checkpoint is not None and checkpoint.exists():
         saved = runs.read_checkpoint(checkpoint)
         model.load_state_dict(saved["weights"], strict=False)
-        opt.load_state_dict(saved["optimizer"])
-        rate.load_state_dict(saved["rate"])
+        taken_up(model, opt, rate, (saved["optimizer"], saved["rate"]))
         done = saved["epoch"]
     replica = ranks.replica(model)
     sampled_params: Any = getattr(opt, "sampled_params", lambda train: nullcontext())

@@ -27,7 +27,7 @@ from posterity_studies import ranks, runs
 from posterity_studies.graphs import Replayed
 from posterity_studies.models.gpt import GPT, GPT2, GPTConfig
 from posterity_studies.recipes import Diverged, UserError
-from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
+from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings, taken_up
 from posterity_studies.train import Progress, silent, warmup_cosine
 
 
@@ -141,8 +141,7 @@ def _pretrain(
     if path.exists():
         saved = runs.read_checkpoint(path)
         model.load_state_dict(saved["model"])
-        opt.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
+        taken_up(model, opt, schedule, (saved["optimizer"], saved["schedule"]))
         done, curve, times = saved["step"], saved["curve"], saved["times"]
     replica = ranks.replica(model)
     if what.compiled:

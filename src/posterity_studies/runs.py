@@ -207,8 +207,11 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a training checkpoint without running code from it; UserError where it is damaged."""
-    return read(path, lambda p: torch.load(p, weights_only=True))
+    """Read a training checkpoint without running code from it; UserError where it is damaged.
+
+    Its tensors are on the CPU: it may have been written where there was a GPU.
+    """
+    return read(path, lambda p: torch.load(p, map_location="cpu", weights_only=True))
 
 
 def environment(**changes: str) -> dict[str, str]:

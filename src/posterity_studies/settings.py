@@ -26,6 +26,22 @@ def rate(lr: float, model: nn.Module) -> float | Tensor:
     return torch.tensor(lr, device=next(model.parameters()).device) if capturable(model) else lr
 
 
+def taken_up(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    saved: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    """Load states of optimizer and schedule, which may have been saved where there was a GPU."""
+    opt.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    schedule.base_lrs = [float(lr) for lr in schedule.base_lrs]
+    for group in opt.param_groups:
+        group["lr"] = rate(float(group["lr"]), model)
+        if "capturable" in group:
+            group["capturable"] = capturable(model)
+
+
 class Settings(Protocol):
     """Numbers that ``posterity tune`` may search; a frozen dataclass."""
 

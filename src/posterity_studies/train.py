@@ -24,6 +24,7 @@ from posterity_studies.data.imagenet import Pictures
 from posterity_studies.graphs import Replayed
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Diverged, Recipe, UserError
+from posterity_studies.settings import taken_up
 from posterity_studies.tasks import WORKERS, Streamed, Task, batches, load
 
 EVAL_BATCH = 1000 if torch.cuda.is_available() else 250  # small enough for a CPU's cache
@@ -255,7 +256,7 @@ def _resume(
     path: Path,
     model: nn.Module,
     opt: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
     log: _Log,
 ) -> tuple[int, list[float]]:
     """Take up the last checkpoint; epochs done, and the seconds each took."""
@@ -264,8 +265,7 @@ def _resume(
         return 0, []
     saved = runs.read_checkpoint(path)
     model.load_state_dict(saved["model"])
-    opt.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
+    taken_up(model, opt, schedule, (saved["optimizer"], saved["schedule"]))
     log.truncate(saved["log"])
     return saved["epoch"], saved["seconds"]
 

@@ -68,3 +68,33 @@ def test_replayed_steps_are_those_of_the_loop(optimizer):
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
     assert len({round(loss, 6) for loss in curves[1]}) == len(batches)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_begun_on_a_gpu_goes_on_without_one(optimizer, tmp_path, monkeypatch):
+    """Its lr and counters are tensors, which the fused passes of a CPU do not read."""
+
+    class Killed(Exception):
+        pass
+
+    def killed(step, model, opt):
+        if step > 3:
+            raise Killed
+
+    recipe = replace(recipes.recipe("smoke"), train_limit=300, ood="")
+    with monkeypatch.context() as gpu:
+        gpu.setattr(settings, "capturable", lambda model: True)
+        with pytest.raises(Killed):
+            train.train(recipe, optimizer, 0, tmp_path / "run", watch=killed)
+    kinds = []
+
+    def look(step, model, opt):
+        group = opt.param_groups[0]
+        kinds.append({type(group["lr"]), type(group.get("draws", 0))})
+        assert not group.get("capturable", False)
+
+    found = train.train(recipe, optimizer, 0, tmp_path / "run", watch=look)
+    expected = train.train(recipe, optimizer, 0, tmp_path / "whole")
+    assert kinds == [{float, int}] * 3  # of the second epoch
+    for name, rows in expected["curve"].items():
+        assert found["curve"][name] == pytest.approx(rows, rel=1e-3, abs=1e-3), name
