@@ -1075,6 +1075,37 @@ def test_a_parameter_of_another_shape_is_noticed_by_the_step_and_by_the_checkpoi
             opt.step()
 
 
+@pytest.mark.parametrize("how", ["transposed", "bfloat16"])
+def test_a_parameter_of_another_kind_at_its_address_is_noticed_by_the_step(how):
+    found = []
+    for fused in (None, False):
+        w = torch.nn.Parameter(torch.arange(4.0).view(2, 2))
+        memory = w.data
+        opt = IVON([w], 0.1, ess=10.0, seed=0, fused=fused)
+        opt.train()
+        w.grad = torch.ones(2, 2)
+        if how == "transposed":
+            w.data = memory.t()
+        else:
+            theta = memory.clone()
+            w.data = memory.view(-1).view(BF16)[:4].view(2, 2)
+            w.data.copy_(theta)
+        opt.step()
+        assert ("mean" in opt.state[w]) == (how == "bfloat16")
+        found.append(w.detach().float())
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+def test_a_step_finds_unmoved_parameters_unmoved_whatever_their_dtypes():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=t)) for t in (BF16, torch.float32, BF16)]
+    opt = IVON(params, 0.1, ess=10.0, seed=0)
+    assert not opt._stayed()
+    opt.train()
+    assert opt._stayed()
+    params[1].data = params[1].data.clone()
+    assert not opt._stayed()
+
+
 def test_frozen_parameters_may_be_anything():
     frozen = torch.nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
     w = torch.nn.Parameter(torch.ones(3))

@@ -25,7 +25,8 @@ from .sampling import Draw, Written, forget_copies, touch
 from .slots import Slot, state_of
 from .window import Window
 
-AS_IT_IS = attrgetter("shape"), attrgetter("dtype"), Tensor.is_contiguous  # at its address
+KIND = attrgetter("dtype"), Tensor.is_contiguous  # of what lies at an address
+SHAPE = attrgetter("shape")
 TRAINED = attrgetter("requires_grad")
 HELD = itemgetter("hess", "momentum", "step")  # of the state
 NO_SAMPLE = (
@@ -230,6 +231,7 @@ class IVON(Optimizer):
         """Make what stands beside the state."""
         self._known: dict[int, Slot] = {}
         self._seen: tuple[list[Any], list[Any], list[Slot]] = [], [], []  # facts, and their slots
+        self._asked: list[Tensor] = []  # what a step asks again
         self._window = Window()
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
@@ -284,6 +286,8 @@ class IVON(Optimizer):
             self._window.look_again()
             slots = self._look()
             self._seen = *self._facts(), slots
+            whole = all(slot.pieces is None for slot in slots)  # the others have no address
+            self._asked = [slot.param for slot in slots] if whole else []
         return slots
 
     def _facts(self) -> tuple[list[Any], list[Any]]:
@@ -299,10 +303,11 @@ class IVON(Optimizer):
             states, held = self._held()
         except KeyError:  # some state is still to be made
             return [object()], []
-        kinds = [[*map(ask, learning)] for ask in AS_IT_IS]
+        memory = [_addresses(learning), _addresses(held)]
+        kinds = [[*map(ask, learning)] for ask in (*KIND, SHAPE)]
         whole = self._whole["fused"], self._whole["capturable"]
         same = [*self.param_groups, *params, *states, *held]
-        return same, [_addresses(learning), _addresses(held), sizes, trained, *kinds, whole]
+        return same, [*memory, *kinds, sizes, trained, whole]
 
     def _held(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
         """All state, and its tensors."""
@@ -310,10 +315,12 @@ class IVON(Optimizer):
         held = [*chain.from_iterable(map(HELD, states))]
         return states, held + [state["mean"] for state in states if "mean" in state]
 
-    def _stayed(self, params: list[Tensor]) -> bool:
-        """Whether the memory of what is trained is where the last draw found it."""
+    def _stayed(self) -> bool:
+        """Whether all that is trained, and its state, are where and as the last draw found them."""
+        params = self._asked
         with suppress(KeyError):
-            return [_addresses(params), _addresses(self._held()[1])] == self._seen[1][:2]
+            now = [_addresses(params), _addresses(self._held()[1])]
+            return bool(params) and now + [[*map(ask, params)] for ask in KIND] == self._seen[1][:4]
         return False
 
     def _look(self) -> list[Slot]:
@@ -610,7 +617,7 @@ class IVON(Optimizer):
         if found_inf is not None and float(found_inf):
             return None
         draw = self._window.draw
-        if draw is None or not self._stayed([s.param for s in draw.slots.values()]):
+        if not self._stayed():
             self._slots()  # they have moved since the sample was drawn
         unscaled = found_inf is not None and scale is None
         if unscaled and draw is not None and draw.products is not None:

@@ -248,7 +248,8 @@ class Pretrain:
     """Sequences at once on each processor; less takes less memory. IVON draws a posterior sample
     for each such part of a batch."""
     compiled: bool = False
-    """Compile the network first (torch.compile): a minute at the start, faster steps on a GPU."""
+    """Compile the network first (torch.compile): a minute at the start, faster steps on a GPU,
+    where steps of one part (--micro not below --batch) also become a CUDA graph."""
 
     def __call__(self) -> None:
         if self.recipe not in pretrain.RECIPES:

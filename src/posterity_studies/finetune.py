@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from posterity import IVON, Posterior, metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
+from posterity_studies.graphs import taken_up
 from posterity_studies.recipes import Diverged, UserError
-from posterity_studies.settings import FinetuneAdamw, FinetuneIvon, Settings, taken_up
+from posterity_studies.settings import FinetuneAdamw, FinetuneIvon, Settings
 from posterity_studies.subjects import MiniLM, Pretrained, Row, Rows, SmolLM2, Subject
 from posterity_studies.train import Progress, silent
 
@@ -159,7 +160,7 @@ def finetune(
     if checkpoint is not None and checkpoint.exists():
         saved = runs.read_checkpoint(checkpoint)
         model.load_state_dict(saved["weights"], strict=False)
-        taken_up(model, opt, rate, (saved["optimizer"], saved["rate"]))
+        taken_up(opt, rate, (saved["optimizer"], saved["rate"]))
         done = saved["epoch"]
     replica = ranks.replica(model)
     sampled_params: Any = getattr(opt, "sampled_params", lambda train: nullcontext())

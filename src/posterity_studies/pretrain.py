@@ -24,10 +24,10 @@ from posterity import Posterior
 from posterity.binding import Samples
 from posterity.language import perplexity
 from posterity_studies import ranks, runs
-from posterity_studies.graphs import Replayed
+from posterity_studies.graphs import Replayed, prepare, replayable, taken_up
 from posterity_studies.models.gpt import GPT, GPT2, GPTConfig
 from posterity_studies.recipes import Diverged, UserError
-from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings, taken_up
+from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
 from posterity_studies.train import Progress, silent, warmup_cosine
 
 
@@ -42,7 +42,7 @@ class Pretraining:
     warmup: int = 100  # steps; cosine decay to zero after
     clip: float = 1.0  # of the gradient's norm, per micro-batch
     bf16: bool = False  # autocast
-    compiled: bool = False  # the network; and on a GPU steps are replayed as a CUDA graph
+    compiled: bool = False  # the network; on a GPU steps of one micro-batch become a CUDA graph
     every: int = 100  # steps between looks at the held-out text, and checkpoints
     held: int = 96  # held-out sequences at each look
 
@@ -141,13 +141,14 @@ def _pretrain(
     if path.exists():
         saved = runs.read_checkpoint(path)
         model.load_state_dict(saved["model"])
-        taken_up(model, opt, schedule, (saved["optimizer"], saved["schedule"]))
+        taken_up(opt, schedule, (saved["optimizer"], saved["schedule"]))
         done, curve, times = saved["step"], saved["curve"], saved["times"]
     replica = ranks.replica(model)
     if what.compiled:
         replica = cast(nn.Module, torch.compile(replica))
     step_on = partial(_step, what, replica, opt)
-    if what.compiled and ranks.alone():
+    if what.compiled and ranks.alone() and what.micro >= what.batch and replayable(opt):
+        prepare(opt)
         step_on = Replayed(step_on)
     losses: list[Tensor] = []
     left = range(done + 1, what.steps + 1)

@@ -8,38 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from posterity import IVON
 from posterity_studies import baselines
 
 BETA1 = 0.9  # where no setting says another; and SGD's momentum
-
-
-def capturable(model: nn.Module) -> bool:
-    """Whether steps may be replayed as a CUDA graph: counters are then kept on the GPU."""
-    return next(model.parameters()).is_cuda
-
-
-def rate(lr: float, model: nn.Module) -> float | Tensor:
-    """lr; on a GPU a tensor there, for a graph reads it anew where a schedule has changed it."""
-    return torch.tensor(lr, device=next(model.parameters()).device) if capturable(model) else lr
-
-
-def taken_up(
-    model: nn.Module,
-    opt: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    saved: tuple[dict[str, Any], dict[str, Any]],
-) -> None:
-    """Load states of optimizer and schedule, which may have been saved where there was a GPU."""
-    opt.load_state_dict(saved[0])
-    schedule.load_state_dict(saved[1])
-    schedule.base_lrs = [float(lr) for lr in schedule.base_lrs]
-    for group in opt.param_groups:
-        group["lr"] = rate(float(group["lr"]), model)
-        if "capturable" in group:
-            group["capturable"] = capturable(model)
 
 
 class Settings(Protocol):
@@ -62,13 +36,9 @@ class Adamw:
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
+        betas = (BETA1, self.beta2)
         return torch.optim.AdamW(
-            model.parameters(),
-            rate(self.lr, model),
-            betas=(BETA1, self.beta2),
-            weight_decay=self.weight_decay,
-            fused=True,
-            capturable=capturable(model),
+            model.parameters(), self.lr, betas=betas, weight_decay=self.weight_decay, fused=True
         )
 
 
@@ -84,7 +54,7 @@ class Sgd:
         """The optimizer for a model."""
         return torch.optim.SGD(
             model.parameters(),
-            rate(self.lr, model),
+            self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             fused=True,
@@ -110,13 +80,12 @@ class Ivon:
         """The optimizer for a model."""
         return IVON(
             model.parameters(),
-            rate(self.lr, model),
+            self.lr,
             ess=n_train / self.temperature,
             hess_init=self.hess_init,
             betas=(BETA1, 1 - 1 / self.memory),
             weight_decay=self.weight_decay,
             clip_radius=self.clip_radius,
-            capturable=capturable(model),
             seed=seed,
         )
 
@@ -263,14 +232,9 @@ class LanguageAdamw(Adamw):
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
-        return torch.optim.AdamW(
-            matrices_apart(model),
-            rate(self.lr, model),
-            betas=(self.beta1, self.beta2),
-            weight_decay=self.weight_decay,
-            fused=True,
-            capturable=capturable(model),
-        )
+        betas, decay = (self.beta1, self.beta2), self.weight_decay
+        groups = matrices_apart(model)
+        return torch.optim.AdamW(groups, self.lr, betas=betas, weight_decay=decay, fused=True)
 
 
 @dataclass(frozen=True)
@@ -296,14 +260,13 @@ class LanguageIvon:
         memory = self.memory or max(steps / 10, 1)
         return IVON(
             self.weights(model),
-            rate(self.lr, model),
+            self.lr,
             ess=self.ess,
             hess_init=self.hess_init,
             betas=(self.beta1, 1 - 1 / memory),
             weight_decay=self.weight_decay,
             clip_radius=self.clip_radius,
             rescale_lr=self.rescale,
-            capturable=capturable(model),
             seed=seed,
         )
 

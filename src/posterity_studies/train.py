@@ -21,13 +21,12 @@ from posterity import metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
 from posterity_studies.data.imagenet import Pictures
-from posterity_studies.graphs import Replayed
+from posterity_studies.graphs import Replayed, prepare, replayable, taken_up
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Diverged, Recipe, UserError
-from posterity_studies.settings import taken_up
 from posterity_studies.tasks import WORKERS, Streamed, Task, batches, load
 
-EVAL_BATCH = 1000 if torch.cuda.is_available() else 250  # small enough for a CPU's cache
+EVAL_BATCH = 250  # small enough for a CPU's cache
 
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (items, how many, label) → items
 Watch = Callable[[int, nn.Module, torch.optim.Optimizer], None]  # after step 1, 2, …
@@ -117,19 +116,18 @@ def _train(
     done, seconds = _resume(folder / "checkpoint.pt", model, opt, schedule, log)
     replica = ranks.replica(model)
     if recipe.compiled:
-        torch.backends.cudnn.benchmark = True  # shapes stay as they are
         replica = cast(nn.Module, torch.compile(replica, dynamic=False))
     step = partial(_step, replica, opt)
-    if recipe.compiled and ranks.alone():
+    if recipe.compiled and ranks.alone() and replayable(opt):
+        prepare(opt)
         step = Replayed(step)
+    after = (lambda number: watch(number, model, opt)) if watch else None
     for epoch in range(done, recipe.epochs):
         order = batches(n, recipe.batch_size, seed, epoch)
         bar = progress(range(len(order)), len(order), f"{optimizer} epoch {epoch + 1}")
         feed = task.feed(order, recipe.augment, seed, epoch)
         replica.train()
-        seconds.append(
-            _epoch(step, model, opt, schedule, feed, order, seed, epoch, bar, log, watch)
-        )
+        seconds.append(_epoch(step, opt, schedule, feed, order, seed, epoch, bar, log, after))
         if not ranks.first():
             continue
         at_mean = evaluate(model, None, task.test)
@@ -176,7 +174,6 @@ def diagnosed(
 
 def _epoch(
     step: Callable[..., Tensor],
-    model: nn.Module,
     opt: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     feed: Iterator[tuple[Tensor, Tensor]],
@@ -185,22 +182,24 @@ def _epoch(
     epoch: int,
     bar: Iterable[int],
     log: _Log,
-    watch: Watch | None,
+    after: Callable[[int], None] | None,
 ) -> float:
     """One pass over the data; how long it took, in seconds."""
     torch.manual_seed(1_000_003 * seed + epoch)  # a resumed run repeats what is random
     losses, rates = [], []
     start = time.perf_counter()
     for i, (inputs, targets) in zip(bar, feed, strict=False):  # the bar ends first
-        rates.append(torch.as_tensor(opt.param_groups[0]["lr"], dtype=torch.float64).clone())
+        rates.append(torch.as_tensor(opt.param_groups[0]["lr"], dtype=torch.float64))
         share = ranks.world() / len(order[i])  # ranks are averaged: this makes it the batch's mean
         losses.append(step(inputs, targets, share=share))
         schedule.step()
-        if watch:
-            watch(epoch * len(order) + i + 1, model, opt)
+        if after:
+            after(epoch * len(order) + i + 1)
     whole = ranks.average(torch.stack(losses)).tolist()  # a GPU is waited for
     seconds = time.perf_counter() - start
-    numbered = enumerate(zip(whole, map(float, rates), strict=True), epoch * len(order) + 1)
+    numbered = enumerate(
+        zip(whole, torch.stack(rates).tolist(), strict=True), epoch * len(order) + 1
+    )
     log.write(*({"step": step, "loss": loss, "lr": lr} for step, (loss, lr) in numbered))
     return seconds
 
@@ -265,7 +264,7 @@ def _resume(
         return 0, []
     saved = runs.read_checkpoint(path)
     model.load_state_dict(saved["model"])
-    taken_up(model, opt, schedule, (saved["optimizer"], saved["schedule"]))
+    taken_up(opt, schedule, (saved["optimizer"], saved["schedule"]))
     log.truncate(saved["log"])
     return saved["epoch"], saved["seconds"]
 
@@ -322,13 +321,14 @@ def evaluate(
         together = DataLoader(together, EVAL_BATCH, num_workers=WORKERS)
     elif ood is not None:
         together = torch.cat([together, ood])
+    small = isinstance(together, Tensor) and ranks.device().type == "cuda"
     count = samples if posterior else 1
     prediction = predict(
         model,
         posterior,
         together,
         samples=count,
-        batch_size=EVAL_BATCH,
+        batch_size=4 * EVAL_BATCH if small else EVAL_BATCH,
         distributed=count >= ranks.world(),
         progress=lambda items: progress(items, -(-count // ranks.world()), "posterior samples"),
     )

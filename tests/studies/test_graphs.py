@@ -1,32 +1,71 @@
-"""Steps as CUDA graphs: with settings that allow it, and where there is a GPU, replayed."""
+"""Steps as CUDA graphs: what is captured and replayed, and where there is a GPU, that it is so."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from posterity_studies import recipes, settings, train
-from posterity_studies.graphs import WARM, Replayed
+from posterity_studies import graphs, recipes, train
+from posterity_studies.graphs import Replayed
 
 OPTIMIZERS = ("adamw", "sgd", "ivon")
+RECIPE = replace(recipes.recipe("smoke"), train_limit=900, augment=True, ood="")  # 8 × 128, less
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_compiled_recipe_learns_the_same(optimizer, tmp_path, monkeypatch):
-    """With lr and counters in tensors, as on a GPU."""
-    plain = replace(recipes.recipe("smoke"), train_limit=300, augment=True, ood="")
+class Fake(Replayed):
+    """Replays by computing again, from the same inputs and with the same constants."""
+
+    captured = 0
+
+    def _beside(self, *inputs, **constants):
+        return self._step(*inputs, **constants)
+
+    def _captured(self, *inputs, **constants):
+        self.captured += 1
+        self._inputs = tuple(x.clone() for x in inputs)
+
+        class Graph:
+            def replay(_):
+                self._output = self._step(*self._inputs, **constants)
+
+        return Graph()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU, on which graphs can be captured."""
+
+    def steps(step):
+        made.append(Fake(step))
+        return made[-1]
+
+    made = []
+    monkeypatch.setattr(train, "replayable", lambda opt: type(opt) in graphs.CAPTURABLE)
+    monkeypatch.setattr(train, "Replayed", steps)
+    return made
+
+
+def traced(monkeypatch):
+    """What is compiled, by a compiler that only traces."""
     whole, compiled = torch.compile, []
 
-    def traced(model, **how):
+    def trace(model, **how):
         compiled.append(model)
         return whole(model, backend="eager", fullgraph=True, **how)
 
-    monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(settings, "capturable", lambda model: True)
-    found = train.train(replace(plain, compiled=True), optimizer, 0, tmp_path / "compiled")
+    monkeypatch.setattr(torch, "compile", trace)
+    return compiled
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_compiled_recipe_whose_steps_are_replayed_learns_the_same(
+    optimizer, gpu, tmp_path, monkeypatch
+):
+    compiled = traced(monkeypatch)
+    found = train.train(replace(RECIPE, compiled=True), optimizer, 0, tmp_path / "compiled")
     monkeypatch.undo()
-    expected = train.train(plain, optimizer, 0, tmp_path / "plain")
-    assert len(compiled) == 1
+    expected = train.train(RECIPE, optimizer, 0, tmp_path / "plain")
+    assert len(compiled) == len(gpu) == gpu[0].captured == 1
     assert "ood_auroc" not in found["evaluations"]["mean"]
     for name, rows in expected["curve"].items():
         assert found["curve"][name] == pytest.approx(rows, rel=1e-3, abs=1e-3), name
@@ -35,35 +74,51 @@ def test_a_compiled_recipe_learns_the_same(optimizer, tmp_path, monkeypatch):
     assert [float(r[:-1]) for r in rates[0]] == pytest.approx([float(r[:-1]) for r in rates[1]])
 
 
-def test_a_step_off_the_gpu_runs_as_it_is():
-    calls = []
+def test_methods_that_count_on_the_host_are_not_replayed(gpu, tmp_path, monkeypatch):
+    traced(monkeypatch)
+    swag = recipes.recipe("baselines").optimizers["swag"]
+    recipe = replace(RECIPE, compiled=True, optimizers={"swag": swag})
+    train.train(recipe, "swag", 0, tmp_path)
+    assert gpu == []
 
-    def step(x, scale):
-        calls.append(scale)
-        return x.sum() * scale
 
-    replayed = Replayed(step)
-    for _ in range(WARM + 2):
-        assert replayed(torch.ones(3), scale=2.0) == 6
-    assert calls == [2.0] * (WARM + 2)
+def test_a_shape_is_captured_that_has_been_warmed():
+    """Not the shorter batch that comes as the fourth call; and each call gets its own result."""
+    step = Fake(lambda x, scale: x.sum() * scale)
+    sizes = (8, 8, 5, 8, 5, 8, 8, 5)
+    results = [step(torch.full((n,), float(i)), scale=2.0) for i, n in enumerate(sizes)]
+    assert step.captured == 1
+    assert step._key == (((8,),), (("scale", 2.0),))
+    assert [r.item() for r in results] == [2.0 * n * i for i, n in enumerate(sizes)]
+    assert step(torch.ones(8), scale=3.0) == 24  # another constant
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_replayed_steps_are_those_of_the_loop(optimizer):
+def test_replayed_steps_are_those_of_the_loop(optimizer, compiled):
     """Also after a batch of another size in between, and an lr that a schedule changes."""
-    recipe, curves = recipes.recipe("smoke"), []
+    curves = []
     torch.backends.cudnn.deterministic = True
     batches = [torch.randn(n, 1, 28, 28, device="cuda") for n in (8, 8, 8, 8, 8, 5, 8, 8, 8)]
     targets = [torch.arange(len(x), device="cuda") for x in batches]
-    for wrap in (lambda step: step, Replayed):
+    for replay in (False, True):
         torch.manual_seed(0)
-        model = train.NETWORKS[recipe.network](10).cuda()
-        opt = recipe.settings(optimizer).build(model, 2000, 100, 0)
+        model = train.NETWORKS[RECIPE.network](10).cuda()
+        opt = RECIPE.settings(optimizer).build(model, 2000, 100, 0)
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, train.warmup_cosine(3, 20))
-        step, losses = wrap(train.partial(train._step, model, opt)), []
+        network = torch.compile(model, dynamic=False) if compiled else model
+
+        def step(x, y, network=network, opt=opt):
+            return train._step(network, opt, x, y, 1 / len(x))
+
+        if replay:
+            assert graphs.replayable(opt)
+            graphs.prepare(opt)
+            step = Replayed(step)
+        losses = []
         for x, y in zip(batches, targets, strict=True):
-            losses.append(step(x, y, share=1 / len(x)).item())
+            losses.append(step(x, y).item())
             schedule.step()
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
@@ -71,21 +126,23 @@ def test_replayed_steps_are_those_of_the_loop(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_begun_on_a_gpu_goes_on_without_one(optimizer, tmp_path, monkeypatch):
+def test_a_run_begun_on_a_gpu_goes_on_without_one(optimizer, gpu, tmp_path, monkeypatch):
     """Its lr and counters are tensors, which the fused passes of a CPU do not read."""
 
     class Killed(Exception):
         pass
 
     def killed(step, model, opt):
-        if step > 3:
+        assert isinstance(opt.param_groups[0]["lr"], torch.Tensor)
+        if step > 8:
             raise Killed
 
-    recipe = replace(recipes.recipe("smoke"), train_limit=300, ood="")
-    with monkeypatch.context() as gpu:
-        gpu.setattr(settings, "capturable", lambda model: True)
-        with pytest.raises(Killed):
-            train.train(recipe, optimizer, 0, tmp_path / "run", watch=killed)
+    recipe = replace(RECIPE, compiled=True)
+    traced(monkeypatch)
+    with pytest.raises(Killed):
+        train.train(recipe, optimizer, 0, tmp_path / "run", watch=killed)
+    monkeypatch.undo()
+    traced(monkeypatch)
     kinds = []
 
     def look(step, model, opt):
@@ -95,6 +152,6 @@ def test_a_run_begun_on_a_gpu_goes_on_without_one(optimizer, tmp_path, monkeypat
 
     found = train.train(recipe, optimizer, 0, tmp_path / "run", watch=look)
     expected = train.train(recipe, optimizer, 0, tmp_path / "whole")
-    assert kinds == [{float, int}] * 3  # of the second epoch
+    assert kinds == [{float, int}] * 8  # of the second epoch
     for name, rows in expected["curve"].items():
         assert found["curve"][name] == pytest.approx(rows, rel=1e-3, abs=1e-3), name
