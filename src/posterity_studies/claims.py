@@ -207,7 +207,7 @@ CLAIMS: tuple[Claim, ...] = (
         "The leave-one-out estimate follows the test loss during training; AdamW's does not.",
         "curves on ImageNet",
         "Fashion-MNIST, LeNet-5, the paper's settings",
-        "posterity study leave-one-out",
+        "posterity study leave-one-out --seeds 0 1 2",
         "leave-one-out/result.json",
         judges.left_out,
     ),
