@@ -170,6 +170,19 @@ def fsdp(
     return out
 
 
+def narrowed(rank, ranks):
+    """Sharded weights become bfloat16 while a sample stands in them; a step at lr 0 follows."""
+    model = sharded(network(), ranks)
+    opt = IVON(model.parameters(), **SETTINGS | {"lr": 0.0})
+    before = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
+    opt.train()
+    loss_of(model, data(0, rank, ranks)).backward()
+    model.to(torch.bfloat16)
+    opt.step()
+    kept = {n: opt.state[p].get("mean", p) for n, p in model.named_parameters()}
+    return {"mean": {n: m.full_tensor().detach() for n, m in kept.items()}, "before": before}
+
+
 def mixed(rank, ranks, **settings):
     """FSDP2 with a parameter that it leaves whole, whose gradient the user averages."""
     model = network()

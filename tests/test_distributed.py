@@ -137,6 +137,16 @@ def test_fsdp2_of_bfloat16_parameters_is_one_process_up_to_their_gradients_round
 
 
 @slow
+def test_a_step_notices_that_sharded_weights_have_become_bfloat16(tmp_path):
+    """Shards have no address that would tell: the mean must not be rounded with the sample."""
+    found = torchrun(2, "narrowed", tmp_path)
+    assert found["ranks agree"]
+    for name, mean in found["mean"].items():
+        assert mean.dtype == torch.float32
+        torch.testing.assert_close(mean, found["before"][name], rtol=0, atol=0)
+
+
+@slow
 def test_fsdp2_beside_whole_parameters(tmp_path):
     same(torchrun(2, "mixed", tmp_path), alone())
 

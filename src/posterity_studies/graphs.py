@@ -20,15 +20,18 @@ def replayable(opt: torch.optim.Optimizer) -> bool:
     return type(opt) in CAPTURABLE and opt.param_groups[0]["params"][0].is_cuda
 
 
-def prepare(opt: torch.optim.Optimizer) -> None:
-    """Keep lr and counters where the weights are: a graph reads what a schedule changes.
+def replayed(step: Callable[..., Tensor], opt: torch.optim.Optimizer) -> Callable[..., Tensor]:
+    """``step`` as a CUDA graph, if the steps of its optimizer can be captured; before the first.
 
-    Before the first step.
+    lr and counters are then kept where the weights are: a graph reads what a schedule changes.
     """
+    if not replayable(opt):
+        return step
     for group in opt.param_groups:
         group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
         if "capturable" in group:
             group["capturable"] = True
+    return Replayed(step)
 
 
 def taken_up(
@@ -36,7 +39,7 @@ def taken_up(
     schedule: torch.optim.lr_scheduler.LambdaLR,
     states: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
-    """Load what was saved of both, perhaps when prepared, and where there was a GPU."""
+    """Load what was saved of both, perhaps when steps were replayed on a GPU."""
     built, rates = [group.get("capturable") for group in opt.param_groups], schedule.base_lrs
     opt.load_state_dict(states[0])
     schedule.load_state_dict(states[1])
@@ -52,7 +55,7 @@ class Replayed:
 
     The first calls run as they are; then one is captured, and it and all later ones are replayed,
     on copies of their inputs. Where shapes or constants are others (an epoch's last batch) the step
-    runs as it is. Whatever it changes has to be on the GPU: see :func:`prepare`.
+    runs as it is. Whatever it changes has to be on the GPU: see :func:`replayed`.
     """
 
     def __init__(self, step: Callable[..., Tensor]):

@@ -24,7 +24,7 @@ from posterity import Posterior
 from posterity.binding import Samples
 from posterity.language import perplexity
 from posterity_studies import ranks, runs
-from posterity_studies.graphs import Replayed, prepare, replayable, taken_up
+from posterity_studies.graphs import replayed, taken_up
 from posterity_studies.models.gpt import GPT, GPT2, GPTConfig
 from posterity_studies.recipes import Diverged, UserError
 from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
@@ -147,9 +147,8 @@ def _pretrain(
     if what.compiled:
         replica = cast(nn.Module, torch.compile(replica))
     step_on = partial(_step, what, replica, opt)
-    if what.compiled and ranks.alone() and what.micro >= what.batch and replayable(opt):
-        prepare(opt)
-        step_on = Replayed(step_on)
+    if what.compiled and ranks.alone() and what.micro >= what.batch:
+        step_on = replayed(step_on, opt)
     losses: list[Tensor] = []
     left = range(done + 1, what.steps + 1)
     start, written, cost = time.perf_counter(), -math.inf, 0.0

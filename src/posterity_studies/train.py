@@ -21,7 +21,7 @@ from posterity import metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
 from posterity_studies.data.imagenet import Pictures
-from posterity_studies.graphs import Replayed, prepare, replayable, taken_up
+from posterity_studies.graphs import replayed, taken_up
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Diverged, Recipe, UserError
 from posterity_studies.tasks import WORKERS, Streamed, Task, batches, load
@@ -118,9 +118,8 @@ def _train(
     if recipe.compiled:
         replica = cast(nn.Module, torch.compile(replica, dynamic=False))
     step = partial(_step, replica, opt)
-    if recipe.compiled and ranks.alone() and replayable(opt):
-        prepare(opt)
-        step = Replayed(step)
+    if recipe.compiled and ranks.alone():
+        step = replayed(step, opt)
     after = (lambda number: watch(number, model, opt)) if watch else None
     for epoch in range(done, recipe.epochs):
         order = batches(n, recipe.batch_size, seed, epoch)

@@ -7,6 +7,7 @@ import torch
 
 from posterity_studies import graphs, recipes, train
 from posterity_studies.graphs import Replayed
+from posterity_studies.models import NETWORKS
 
 OPTIMIZERS = ("adamw", "sgd", "ivon")
 RECIPE = replace(recipes.recipe("smoke"), train_limit=900, augment=True, ood="")  # 8 × 128, less
@@ -40,8 +41,8 @@ def gpu(monkeypatch):
         return made[-1]
 
     made = []
-    monkeypatch.setattr(train, "replayable", lambda opt: type(opt) in graphs.CAPTURABLE)
-    monkeypatch.setattr(train, "Replayed", steps)
+    monkeypatch.setattr(graphs, "replayable", lambda opt: type(opt) in graphs.CAPTURABLE)
+    monkeypatch.setattr(graphs, "Replayed", steps)
     return made
 
 
@@ -104,7 +105,7 @@ def test_replayed_steps_are_those_of_the_loop(optimizer, compiled):
     targets = [torch.arange(len(x), device="cuda") for x in batches]
     for replay in (False, True):
         torch.manual_seed(0)
-        model = train.NETWORKS[RECIPE.network](10).cuda()
+        model = NETWORKS[RECIPE.network](10).cuda()
         opt = RECIPE.settings(optimizer).build(model, 2000, 100, 0)
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, train.warmup_cosine(3, 20))
         network = torch.compile(model, dynamic=False) if compiled else model
@@ -113,9 +114,8 @@ def test_replayed_steps_are_those_of_the_loop(optimizer, compiled):
             return train._step(network, opt, x, y, 1 / len(x))
 
         if replay:
-            assert graphs.replayable(opt)
-            graphs.prepare(opt)
-            step = Replayed(step)
+            step = graphs.replayed(step, opt)
+            assert isinstance(step, Replayed)
         losses = []
         for x, y in zip(batches, targets, strict=True):
             losses.append(step(x, y).item())
