@@ -34,6 +34,7 @@
 namespace {
 
 constexpr int CHUNK = 256, HALF = CHUNK / 2;
+constexpr uint32_t SIGN = 1u << 31;
 
 // LOW, LOW_GRAD: the parameter, its gradient is bfloat16. HELD, REGENERATE: in an update the
 // parameter still holds θ, and m stands in `mean`, or is to be made as θ−σε. APART: for a sample m
@@ -77,8 +78,9 @@ struct Job {
   bool past;  // whether what is only written had better not fill the caches
 };
 
-struct Scalars {  // of a group, in the precision of the state
-  float ess, delta, floor, least, lr, momentum_rate, rho, clip, grad, product, square;
+struct Scalars {  // of a group, in the precision of the state; ess4 is 4λ
+  float ess4, delta, floor, least, lr, momentum_rate, rho, clip, grad, product;
+  bool price;  // else "gradsq"
 };
 
 // Where a tensor lies in a chunk.
@@ -97,20 +99,25 @@ INLINE int64_t chunks(const Row &row) {
   return row.numel ? (row.start % CHUNK + row.numel + CHUNK - 1) / CHUNK : 0;
 }
 
-// Threefry-2x32-13 (Salmon et al., SC 2011), of words or of vectors of words.
-template <class Word>
-INLINE void threefry(uint32_t k0, uint32_t k1, Word &x0, Word &x1, uint32_t turn = 0) {
+// Threefry-2x32-13 (Salmon et al., SC 2011) of N words or vectors of words, a round of them all after
+// the other: each chain alone waits for itself.
+template <int N, class Word>
+INLINE void threefry(uint32_t k0, uint32_t k1, Word *x0, Word *x1) {
   const uint32_t k2 = k0 ^ k1 ^ 0x1BD11BDAu;
-  x0 += k0;
-  x1 += k1;
-#define ROUND(r) x0 += x1; x1 = ((x1 << r) | (x1 >> (32 - r))) ^ x0;
+#define EACH for (int j = 0; j < N; j++)
+#define ADD(a, b) EACH { x0[j] += a; x1[j] += b; }
+#define ROUND(r) \
+  EACH x0[j] += x1[j]; \
+  EACH x1[j] = ((x1[j] << r) | (x1[j] >> (32 - r))) ^ x0[j];
 #define EVEN ROUND(13) ROUND(15) ROUND(26) ROUND(6)
 #define ODD ROUND(17) ROUND(29) ROUND(16) ROUND(24)
-  EVEN x0 += k1; x1 += k2 + 1;
-  ODD x0 += k2; x1 += k0 + 2;
-  EVEN x0 += k0; x1 += k1 + 3;
+  ADD(k0, k1)
+  EVEN ADD(k1, k2 + 1)
+  ODD ADD(k2, k0 + 2)
+  EVEN ADD(k0, k1 + 3)
   ROUND(17)
-  x1 ^= turn;
+#undef EACH
+#undef ADD
 #undef ROUND
 #undef EVEN
 #undef ODD

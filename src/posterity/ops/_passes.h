@@ -51,19 +51,19 @@ INLINE F root(F x) {
 #endif
 }
 
-// 1/√x and 1/x by Newton's iteration where a guess is cheap: the divider has its fill of the other
+// 2/√x and 1/x by Newton's iteration where a guess is cheap: the divider has its fill of the other
 // roots and quotients. NaN in, NaN out.
-INLINE F rsqrt(F x) {
+INLINE F twice_rsqrt(F x) {
   x = at_most(x, 3e38f);  // beyond float32 σ is next to nothing, not infinite
-  const F half = 0.5f * x;
 #if WIDTH == 16
-  F y = (F)_mm512_rsqrt14_ps((__m512)x);
+  const F y = (F)_mm512_rsqrt14_ps((__m512)x);
 #else
+  const F half = 0.5f * x;
   F y = (F)(0x5f375a86u - ((U)x >> 1));
   y *= 1.5f - half * y * y;
   y *= 1.5f - half * y * y;
 #endif
-  return y * (1.5f - half * y * y);
+  return y * (3.0f - x * y * y);
 }
 INLINE F reciprocal(F x) {
 #if WIDTH == 16
@@ -74,25 +74,26 @@ INLINE F reciprocal(F x) {
 #endif
 }
 
-// −2 log u for u in (0, 1]: of the mantissa in [¾, 1½) by a minimax polynomial (relative error
-// 5e-9), and of the exponent.
-INLINE F minus_two_log(F u) {
+// −2 log u for u = (k+½)/2^31, k in [0, 2^31): of the mantissa, in [¾, 1½), by a minimax polynomial
+// (relative error 3e-8), and of the exponent.
+INLINE F minus_two_log(U k) {
+  const F v = to_real(k) + 0.5f;
+  const U w = (U)v - 0x3f400000u;
+  const F e = to_real((U)((I)w >> 23) - 31u);
 #if WIDTH == 16
-  const F e = (F)_mm512_getexp_ps((__m512)(u * 1.33333337f));
-  const F f = (F)_mm512_getmant_ps((__m512)u, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src) - 1.0f;
+  const F f = (F)_mm512_getmant_ps((__m512)v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src) - 1.0f;
 #else
-  const U w = (U)u - 0x3f400000u;
-  const F e = to_real((U)((I)w >> 23)), f = (F)((w & 0x007fffffu) + 0x3f400000u) - 1.0f;
+  const F f = (F)((w & 0x007fffffu) + 0x3f400000u) - 1.0f;
 #endif
-  F p = 9.0149565056e-2f * f - 2.0926041204e-1f;
-  p = p * f + 2.6322387428e-1f;
-  p = p * f - 2.8956790592e-1f;
-  p = p * f + 3.3294624376e-1f;
-  p = p * f - 3.9981722412e-1f;
-  p = p * f + 5.0000191682e-1f;
-  p = p * f - 6.6666898226e-1f;
-  p = p * f + 1.0f;
-  return p * (f * f) + (f * -2.0f + e * -1.38629436112f);
+  F p = -1.0826500685e-1f * f + 2.4134741332e-1f;
+  p = p * f - 2.9967833218e-1f;
+  p = p * f + 3.3645622689e-1f;
+  p = p * f - 3.9954154455e-1f;
+  p = p * f + 4.9986884547e-1f;
+  p = p * f - 6.6667097108e-1f;
+  p = p * f + 1.0000012130f;
+  p = p * f - 2.0f;
+  return p * f + e * -1.38629436112f;
 }
 
 // The standard normals of a chunk: half cosines, half sines (Box–Muller), as in noise.py. The bits
@@ -102,26 +103,32 @@ struct Normals {
   uint64_t first;  // counter
   uint32_t turn;   // 2^31 for the other sign
 
+  static constexpr int VECTORS = WIDTH == 16 ? 8 : 2;  // of counters at once: what registers hold
+
   INLINE void bits(int i, float *to) const {
-    U x0, x1 = U{} + uint32_t(first >> 32);
-    std::memcpy(&x0, LANES, sizeof x0);
-    x0 += uint32_t(first + i);
-    threefry(k0, k1, x0, x1, turn);
-    put((F)x0, to + i);
-    put((F)x1, to + HALF + i);
+    U x0[VECTORS], x1[VECTORS];
+    for (int j = 0; j < VECTORS; j++) {
+      std::memcpy(&x0[j], LANES, sizeof x0[j]);
+      x0[j] += uint32_t(first + i + j * WIDTH);
+      x1[j] = U{} + uint32_t(first >> 32);
+    }
+    threefry<VECTORS>(k0, k1, x0, x1);
+    for (int j = 0; j < VECTORS; j++) {
+      put((F)x0[j], to + i + j * WIDTH);
+      put((F)(x1[j] ^ turn), to + HALF + i + j * WIDTH);
+    }
   }
 
   static INLINE void pair(int i, float *of) {
     const U x0 = (U)get(of + i), x1 = (U)get(of + HALF + i);
-    const F radius = root(minus_two_log(to_real(x0 >> 1) * 0x1p-31f + 0x1p-32f));
-    const F signed_radius = (F)((U)radius ^ (x1 & 0x80000000u));
+    const F radius = root(minus_two_log(x0 >> 1));
+    const F signed_radius = (F)((U)radius ^ (x1 & SIGN));
     const F a = to_real(x1 << 2) * float(0.78539816339744830962 * 0x1p-31);
     const F z = a * a;
-    const F s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * a + a;
-    F c = 2.443315711809948e-5f * z - 1.388731625493765e-3f;
-    c = ((c * z + 4.166664568298827e-2f) * z - 0.5f) * z + 1.0f;
+    const F s = ((-1.9515283082e-4f * z + 8.3321607611e-3f) * z - 1.6666654610e-1f) * z * a + a;
+    const F c = ((-1.3591853453e-3f * z + 4.1655777034e-2f) * z - 4.9999884746e-1f) * z + 1.0f;
     const auto quarter = (x1 & 0x40000000u) != 0;
-    put(signed_radius * (quarter ? -s : c), of + i);
+    put(signed_radius * (quarter ? (F)((U)s ^ SIGN) : c), of + i);
     put(signed_radius * (quarter ? c : s), of + HALF + i);
   }
 };
@@ -136,11 +143,11 @@ INLINE void fetch(const float *from, int count) {
 template <class Work, class... Stream>
 INLINE void each(const Normals *noise, Work work, Stream... streams) {
   alignas(64) float e[CHUNK];
+  for (int i = 0; noise && i < HALF; i += Normals::VECTORS * WIDTH) noise->bits(i, e);
   for (int i = 0; noise && i < HALF; i += WIDTH) {
     (fetch(streams + 2 * i, 2 * WIDTH), ...);
-    noise->bits(i, e);
+    noise->pair(i, e);
   }
-  for (int i = 0; noise && i < HALF; i += WIDTH) noise->pair(i, e);
   for (int i = 0; i < CHUNK; i += WIDTH) {
     if (!noise) (fetch(streams + i, WIDTH), ...);
     work(i, noise ? get(e + i) : F{});
@@ -197,7 +204,7 @@ INLINE void store(const float *values, void *base, const Span &span, bool low) {
 // σε (7), σ² = 1/(λu). Rounded by itself, not inside a fused multiply-add, so that every pass has
 // the same bits.
 INLINE F perturbation(F u, F e, const Scalars &s) {
-  F d = rsqrt(s.ess * u) * e;
+  F d = twice_rsqrt(s.ess4 * u) * e;
   ROUNDED(d);
   return d;
 }
@@ -280,7 +287,7 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const Nor
                    float debias) {
   alignas(64) float a[CHUNK], b[CHUNK], c[CHUNK], d[CHUNK], f[CHUNK], made[CHUNK];
   const bool low = row.flags & LOW, held = row.flags & HELD, regenerate = row.flags & REGENERATE;
-  const bool price = s.square <= 0;
+  const bool price = s.price;
   const float *grads = row.grad_sum ? load(row.grad_sum, span, false, a)
                                     : load(row.grad, span, row.flags & LOW_GRAD, a);
   float *momentum = load(row.momentum, span, false, b), *hess = load(row.hess, span, false, c);
@@ -302,14 +309,19 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const Nor
     product = row.grad_sum ? get(other + i) : g * (price ? product : g);
     const F before = at_least(h, s.least), was = get(momentum + i);
     const F mean_grad = was + s.momentum_rate * (g * s.grad - was);             // (3)
-    const F curved = product * s.product * (price ? s.ess * u : F{} + s.square);  // ĥ (2)
+    const F curved = (price ? product * u : product) * s.product;  // ĥ (2)
     const F r = s.rho * (curved - before);
-    const F after = at_least(before + (r + r * r * (0.5f * reciprocal(u))), s.least);  // (4)
-    const F step = (mean_grad * debias + s.delta * m) / bounded(after, s);             // (5)
+    const F after = at_least(before + (r + r * r * reciprocal(u + u)), s.least);  // (4)
     put(mean_grad, momentum + i);
     put(after, hess + i);
-    put(m - s.lr * at_most(at_least(step, -s.clip), s.clip), to + i);  // (6)
+    if (regenerate) put(m, to + i);
   }, grads, hess, means, momentum, other);
+  if (regenerate) means = to;
+  for (int i = 0; i < CHUNK; i += WIDTH) {  // again in two loops, for shorter chains
+    const F m = get(means + i);
+    const F step = (get(momentum + i) * debias + s.delta * m) / bounded(get(hess + i), s);  // (5)
+    put(m - s.lr * at_most(at_least(step, -s.clip), s.clip), to + i);  // (6)
+  }
   store(momentum, row.momentum, span, false);
   store(hess, row.hess, span, false);
   if (low) store(to, row.mean, span, false);
@@ -319,12 +331,13 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const Nor
 // A thread's share of the chunks of all tensors.
 void run(const Job &job, int64_t begin, int64_t end) {
   const Settings &given = *job.settings;
-  const Scalars s{float(given.ess), float(given.delta), float(given.floor),
+  const bool price = given.square_scale <= 0;
+  const double scale = given.product_scale * (price ? given.ess : given.square_scale);
+  const Scalars s{float(4 * given.ess), float(given.delta), float(given.floor),
                   float(given.floor - given.delta), float(given.lr), float(given.rate),
-                  float(given.rho), float(given.clip), float(given.grad_scale),
-                  float(given.product_scale), float(given.square_scale)};
+                  float(given.rho), float(given.clip), float(given.grad_scale), float(scale), price};
   uint32_t key0 = uint32_t(given.draw), key1 = uint32_t(given.draw >> 32);
-  threefry(uint32_t(given.key), uint32_t(given.key >> 32), key0, key1);
+  threefry<1>(uint32_t(given.key), uint32_t(given.key >> 32), &key0, &key1);
   int64_t before = 0;
   for (int64_t r = 0; r < job.n && before < end; r++) {
     const Row &row = job.rows[r];
@@ -336,9 +349,9 @@ void run(const Job &job, int64_t begin, int64_t end) {
     float debias = 1;
     if (job.pass == UPDATE) debias = float(1 / (1 - std::pow(given.debias, double(*row.step) + 1)));
     Normals noise{uint32_t(row.number), uint32_t(uint64_t(row.number) >> 32), 0,
-                  given.sign < 0 ? 0x80000000u : 0};
-    threefry(key0, key1, noise.k0, noise.k1);
-    const bool price = s.square <= 0, known = row.grad_sum || row.flags & HELD;
+                  given.sign < 0 ? SIGN : 0};
+    threefry<1>(key0, key1, &noise.k0, &noise.k1);
+    const bool known = row.grad_sum || row.flags & HELD;
     const bool noisy = job.pass == UPDATE ? row.flags & REGENERATE || (price && !known)
                                           : job.pass != ACCUMULATE || price;
     for (int64_t c = first; c < last; c++) {
