@@ -94,27 +94,63 @@ def test_ways_agree_on_several_samples(chosen, antithetic):
     assert int(ours[1].param_groups[0]["draws"]) == 3 * (k // 2 if antithetic else k)
 
 
-def by_hand(mean, steps, k, antithetic, approx, scale, clip):
-    """Lines (1) to (7) in float64, written again from the paper for w ↦ mean (x·w − y)²."""
+PAIRS = {"mc_samples": 2, "antithetic": True, "hess_every": 3}
+
+
+@pytest.mark.parametrize("chosen", [s for s in SETTINGS.values() if "capturable" not in s])
+def test_h_rests_but_at_every_third_step(chosen):
+    """Whichever way the samples come, where it rests no bit of it changes."""
+    ours, theirs = (make(**chosen, **PAIRS) for _ in range(2))
+    for step in range(5):
+        before = [state["hess"].clone() for state in ours[1].state.values()]
+        assert ours[1].samples_due == theirs[1].samples_due == (1 if step % 3 else 2)
+        samples(*ours, ours[1].samples_due)
+        ours[1].step()
+        closure(theirs[1], partial(backward, theirs[0]))
+        after = [state["hess"] for state in ours[1].state.values()]
+        if before:
+            rests = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+            assert rests == [bool(step % 3)] * len(rests)
+    assert_same(bits(*ours), bits(*theirs))
+
+
+def test_a_step_that_overflowed_is_not_one_of_three():
+    model, opt = make(**PAIRS)
+    opt.found_inf, opt.grad_scale = torch.ones(1), torch.ones(1)
+    closure(opt, partial(backward, model))
+    assert opt.samples_due == 2
+    opt.found_inf.zero_()
+    closure(opt, partial(backward, model))
+    assert opt.samples_due == 1
+
+
+def by_hand(mean, steps, k, antithetic, every, approx, scale, clip):
+    """Lines (1) to (7) in float64, written again from the paper for w ↦ mean (x·w − y)².
+
+    h as after every step, but learnt at each ``every``-th only, from k samples, elsewhere one.
+    """
     x, y = X.double(), X.sum(1, keepdim=True).double()
     lr, ess, h0, delta = LR["lr"], LR["ess"], LR["hess_init"], LR["weight_decay"]
     beta1, beta2 = LR["betas"]
     m, g, h = mean.clone(), torch.zeros_like(mean), torch.full_like(mean, h0)
+    drawn = 0
     for t in range(1, steps + 1):
         sigma = 1 / torch.sqrt(ess * (h + delta))
         ghat, hhat = torch.zeros_like(m), torch.zeros_like(m)
-        for s in range(k):
-            draw, sign = (t - 1) * k + s, 1
-            if antithetic:
-                draw, sign = (t - 1) * (k // 2) + s // 2, 1 - 2 * (s % 2)
+        learns = (t - 1) % every == 0
+        n = k if learns else 1
+        for s in range(n):
+            draw, sign = (drawn + s // 2, 1 - 2 * (s % 2)) if antithetic else (drawn + s, 1)
             (eps,) = noise.normals(noise.draw_key(LR["seed"], draw), [0], [m.numel()])
             offset = sign * sigma * eps.view_as(m)
             grad = 2 / len(x) * x.T @ (x @ (m + offset) - y)
-            ghat += grad / k
-            hhat += (grad * offset / sigma**2 if approx == "price" else scale * grad**2) / k
+            ghat += grad / n
+            hhat += (grad * offset / sigma**2 if approx == "price" else scale * grad**2) / n
+        drawn = draw + 1
         g = beta1 * g + (1 - beta1) * ghat
-        rho = 1 - beta2
-        h = beta2 * h + rho * hhat + 0.5 * rho**2 * (h - hhat) ** 2 / (h + delta)
+        if learns:
+            rho = 1 - beta2**every
+            h = (1 - rho) * h + rho * hhat + 0.5 * rho**2 * (h - hhat) ** 2 / (h + delta)
         step = (g / (1 - beta1**t) + delta * m) / (h + delta)
         m = m - lr * (h0 + delta) * step.clamp(-clip, clip)
     return m, g, h
@@ -122,18 +158,20 @@ def by_hand(mean, steps, k, antithetic, approx, scale, clip):
 
 @pytest.mark.parametrize("clip", [math.inf, 0.05])
 @pytest.mark.parametrize("approx", ["price", "gradsq"])
-@pytest.mark.parametrize(("k", "antithetic"), [(1, False), (3, False), (4, True)])
-def test_samples_are_averaged_as_the_paper_says(k, antithetic, approx, clip):
+@pytest.mark.parametrize(
+    ("k", "antithetic", "every"), [(1, False, 1), (3, False, 1), (4, True, 1), (2, True, 3)]
+)
+def test_samples_are_averaged_as_the_paper_says(k, antithetic, every, approx, clip):
     w = nn.Parameter(torch.linspace(-1, 1, 3, dtype=F64)[:, None])
     x, y = X.double(), X.sum(1, keepdim=True).double()
     mean = w.detach().clone()
     opt = IVON(
         [w], **LR, mc_samples=k, antithetic=antithetic, clip_radius=clip, hess_approx=approx,
-        gradsq_scale=24.0,
+        gradsq_scale=24.0, hess_every=every,
     )  # fmt: skip
-    for _ in range(4):
+    for _ in range(5):
         closure(opt, lambda: (((x @ w - y) ** 2).mean()).backward())
-    expected = by_hand(mean, 4, k, antithetic, approx, 24.0, clip)
+    expected = by_hand(mean, 5, k, antithetic, every, approx, 24.0, clip)
     found = w.detach(), opt.state[w]["momentum"], opt.state[w]["hess"]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -1022,6 +1060,7 @@ def test_tied_weights(way):
 
 RESUMED = {k: SETTINGS[k] for k in ("default", "regenerated", "gradsq", "capturable", "bfloat16")}
 RESUMED["float64 regenerated"] = SETTINGS["regenerated float64"]
+RESUMED["hess_every"] = {"hess_every": 2}
 resumed_in = pytest.mark.parametrize("chosen", RESUMED.values(), ids=RESUMED)
 
 

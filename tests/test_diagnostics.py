@@ -112,7 +112,9 @@ def test_what_noise_adds_to_h_is_prices_and_divided_by_samples():
 
     assert scatter() == pytest.approx(400 / (2 * 24 * 100))
     assert scatter(mc_samples=2) == pytest.approx(scatter() / 2)
+    assert scatter(hess_every=3) == pytest.approx(3 * scatter())
     assert scatter(hess_approx="gradsq", gradsq_scale=24) is None
+    assert scatter(mc_samples=2, antithetic=True) is None
 
 
 def test_steps_too_large_and_not_finite():

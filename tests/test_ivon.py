@@ -415,7 +415,7 @@ def test_betas_are_in_the_defaults():
     parameters = {
         *("lr", "ess", "hess_init", "betas", "weight_decay", "mc_samples", "hess_approx"),
         *("gradsq_scale", "clip_radius", "rescale_lr", "debias", "antithetic", "fused"),
-        *("store_mean", "samples", "capturable", "seed"),
+        *("store_mean", "samples", "capturable", "seed", "hess_every"),
     }
     assert parameters <= opt.defaults.keys()
     assert parameters <= opt.param_groups[0].keys()
@@ -766,6 +766,8 @@ BAD = {
     "clip_radius > 0": [{"clip_radius": 0.0}, {"clip_radius": -1.0}, {"clip_radius": math.nan}],
     "0 <= seed < 2**63": [{"seed": -1}, {"seed": 2**63}],
     "a whole mc_samples >= 1": [{"mc_samples": 0}, {"mc_samples": 1.5}],
+    "a whole hess_every >= 1": [{"hess_every": 0}, {"hess_every": 2.5}],
+    "hess_every=1 with capturable=True": [{"hess_every": 2, "capturable": True}],
     "hess_approx": [{"hess_approx": "fisher", "gradsq_scale": 1.0}],
     "samples": [{"samples": "each"}],
     "a finite gradsq_scale > 0": [
@@ -785,7 +787,7 @@ def test_settings_out_of_range(words, bad):
     message = str(error.value)
     assert words in message
     assert next(iter(bad)) in message.split("got")[1]
-    whole = {"seed", "mc_samples", "samples", "antithetic"}
+    whole = {"seed", "mc_samples", "samples", "antithetic", "hess_every"}
     if not whole & bad.keys():  # of a new group too, which then is not there
         _, opt = make()
         with pytest.raises(ValueError, match="IVON needs"):
@@ -806,7 +808,13 @@ def test_low_precision_needs_the_stored_mean(dtype):
 
 @pytest.mark.parametrize(
     "own",
-    [{"seed": 7}, {"store_mean": False}, {"mc_samples": 2}, {"capturable": True}],
+    [
+        {"seed": 7},
+        {"store_mean": False},
+        {"mc_samples": 2},
+        {"capturable": True},
+        {"hess_every": 2},
+    ],
 )
 def test_settings_of_the_whole_optimizer_are_not_a_group_s(own):
     _, opt = make()

@@ -25,7 +25,7 @@ NOISE = 1.0  # σ/|m|: above it the noise is larger than what it is added to
 POINT = 1000.0  # |m|/σ: above it no sample can be told from the mean
 CLIPPED = 0.5  # of the weights: above it ξ decides the step of most, and h no more
 FAST, SLOW = 0.1, 1e-7  # a step over a weight; the rounding of float32 is 6e-8
-KEPT = (*SETTINGS, "initial_lr", "mc_samples")
+KEPT = (*SETTINGS, "initial_lr", "mc_samples", "antithetic", "hess_every", "samples")
 
 
 class Verdict(NamedTuple):
@@ -104,6 +104,15 @@ class Layer:
 
     def _step(self, lr: float) -> float:
         return lr * self.step / math.hypot(self.weight, self.noise)
+
+    @property
+    def scattering(self) -> float:
+        """λ as the gradient's own noise in ĥ knows it; in pairs, on one batch, it cancels."""
+        g = self.group
+        paired = g["antithetic"] and g["samples"] == "shared"
+        if paired or g["hess_approx"] != "price":
+            return 0.0
+        return g["ess"] * g["hess_every"] / g["mc_samples"]
 
     def signal_to_noise(self, share: float) -> float:
         """A quantile of |m|/σ over the weights, in [1e-6, 1e6]."""
@@ -260,7 +269,7 @@ class Diagnostics:
 
     @property
     def _noisy(self) -> list[Layer]:
-        return [layer for layer in self.layers if layer.group["hess_approx"] == "price"]
+        return [layer for layer in self.layers if layer.scattering]
 
     def _start(self) -> Verdict:
         share, t = self.average("started"), self.steps
@@ -295,8 +304,7 @@ class Diagnostics:
     def _scattered(self, beta2: float | None = None) -> float:
         """docs/hessian.md: noise adds λs²/2M to h, and s² is F/B near the end."""
         assert self.batch is not None
-        groups = [layer.group for layer in self._noisy]
-        each = (g["ess"] * (1 - (beta2 or g["betas"][1])) / g["mc_samples"] for g in groups)
+        each = (x.scattering * (1 - (beta2 or x.group["betas"][1])) for x in self._noisy)
         return max(each, default=0.0) / (2 * self.batch)
 
     def _scatter(self) -> Verdict:
@@ -304,7 +312,7 @@ class Diagnostics:
         words = f"noise adds {share:.2g} times the squared gradients to h"
         if share > SCATTER:
             assert self.batch is not None
-            ess = max(x.group["ess"] / x.group["mc_samples"] for x in self._noisy)
+            ess = max(layer.scattering for layer in self._noisy)
             words += (
                 ", and scatters it: it remembers few examples beside ess. Raise betas[1] to "
                 f"1 - 1/{math.ceil(5 * ess / self.batch):,}, or lower ess {10 * share:.2g} times"

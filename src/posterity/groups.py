@@ -20,9 +20,16 @@ SETTINGS = (  # of one group
     *("lr", "ess", "hess_init", "betas", "weight_decay", "clip_radius"),
     *("hess_approx", "gradsq_scale", "rescale_lr", "debias"),
 )
-COUNTERS = ("seed", "draws", "eval_draws", "pending")  # they place the noise
+COUNTERS = (
+    "seed",
+    "draws",
+    "eval_draws",
+    "pending",
+    "hess_age",
+)  # the last apart, they place noise
 FIXED = (  # of the optimizer: the same in every group
-    *("mc_samples", "antithetic", "fused", "store_mean", "samples", "capturable", "seed"),
+    *("mc_samples", "antithetic", "hess_every", "fused", "store_mean", "samples", "capturable"),
+    "seed",
 )
 WHOLE = (*FIXED, *COUNTERS)  # in every group, for distributed checkpoints keep nothing else
 SHARE = 0.1  # of a typical weight: the σ that hess_init="auto" begins with
@@ -88,7 +95,7 @@ def count(groups: list[Group], name: str, by: int = 1) -> int | Tensor:
 
 def agree(groups: list[Group]) -> None:
     """Take over rank 0's counters."""
-    names = ("seed", "draws", "eval_draws")
+    names = ("seed", "draws", "eval_draws", "hess_age")
     own = [int(groups[0][name]) for name in names]
     groups[0].update(zip(names, distributed.broadcast(own), strict=True))
     share_counters(groups)
@@ -118,6 +125,10 @@ def check(group: Group) -> None:
         "clip_radius > 0": group["clip_radius"] > 0,
         "0 <= seed < 2**63": 0 <= group["seed"] < 2**63,
         "a whole mc_samples >= 1": group["mc_samples"] >= 1 and group["mc_samples"] % 1 == 0,
+        "a whole hess_every >= 1": group["hess_every"] >= 1 and group["hess_every"] % 1 == 0,
+        "hess_every=1 with capturable=True (a CUDA graph replays one kind of step)": (
+            group["hess_every"] == 1 or not group["capturable"]
+        ),
         'hess_approx "price" or "gradsq"': group["hess_approx"] in ("price", "gradsq"),
         'samples "shared" or "per_rank"': group["samples"] in ("shared", "per_rank"),
         'a finite gradsq_scale > 0 with hess_approx="gradsq" (for a mean over a batch of B: B)': (

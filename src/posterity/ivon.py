@@ -76,7 +76,11 @@ class IVON(Optimizer):
             large gradient at a sample can throw training far off: try .3 where the loss jumps.
         rescale_lr: multiply lr by h0+δ.
         debias: divide the momentum by 1−β1^t (5). The Hessian is never debiased.
-        antithetic: samples come in pairs m ± σε; needs an even ``mc_samples``.
+        antithetic: samples come in pairs m ± σε; needs an even ``mc_samples``. Where both see the
+            same batch (and dropout), the gradient's own noise cancels in ĥ.
+        hess_every: learn h at every k-th step alone, the first among them, and draw one sample at
+            the others: ``samples_due`` says how many. With ``mc_samples=2, antithetic=True`` a step
+            then takes 1 + 1/k gradients. The decay ``betas[1]`` is still a step's.
         fused: None takes the best implementation, True insists on a fused one, False asks for the
             reference; ``opt.implementation`` says what runs.
         store_mean: keep a copy of the mean while a sample stands in the parameters. False
@@ -132,6 +136,7 @@ class IVON(Optimizer):
         rescale_lr: bool = True,
         debias: bool = True,
         antithetic: bool = False,
+        hess_every: int = 1,
         fused: bool | None = None,
         store_mean: bool = True,
         samples: str = "shared",
@@ -143,7 +148,8 @@ class IVON(Optimizer):
             settings["seed"] = int(torch.randint(2**63 - 1, ()).item())
         self._reset()
         self._seeded = seed is not None
-        super().__init__(params, {**settings, "draws": 0, "eval_draws": 0, "pending": 0})
+        counters = dict.fromkeys(("draws", "eval_draws", "pending", "hess_age"), 0)
+        super().__init__(params, {**settings, **counters})
 
     @classmethod
     def from_sgd(
@@ -243,6 +249,30 @@ class IVON(Optimizer):
         """Which implementation runs, and why."""
         params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
         return ops.describe(params, self._whole["fused"], self._whole["capturable"])
+
+    @property
+    def samples_due(self) -> int:
+        """How many samples the coming step is to average: ``mc_samples``, or 1 where h rests.
+
+        For loops over ``sampled_params(train=True)``; ``step(closure)`` draws as many by itself.
+
+        Example:
+            >>> import torch
+            >>> from posterity import IVON
+            >>> w, x = torch.nn.Parameter(torch.zeros(2)), torch.ones(2)
+            >>> pairs = {"mc_samples": 2, "antithetic": True, "hess_every": 10}
+            >>> opt, drawn = IVON([w], lr=0.1, ess=100, seed=0, **pairs), []
+            >>> for step in range(3):
+            ...     drawn.append(opt.samples_due)
+            ...     for _ in range(opt.samples_due):
+            ...         with opt.sampled_params(train=True):
+            ...             opt.zero_grad()
+            ...             (w @ x - 1).square().backward()
+            ...     _ = opt.step()
+            >>> drawn
+            [2, 1, 1]
+        """
+        return 1 if self._whole["hess_age"] else self._whole["mc_samples"]
 
     # -- groups and state -------------------------------------------------------------------------
 
@@ -568,7 +598,7 @@ class IVON(Optimizer):
 
         Args:
             closure: computes the loss with its gradients and returns it. It is called once for
-                each of ``mc_samples`` new samples, or once at the sample that ``train()`` drew.
+                each of ``samples_due`` new samples, or once at the sample that ``train()`` drew.
 
         Returns:
             The closure's mean loss; None without a closure.
@@ -601,7 +631,7 @@ class IVON(Optimizer):
                     self._window.drop()
                 raise
         losses = []
-        for _ in range(self._whole["mc_samples"]):
+        for _ in range(self.samples_due):
             with self.sampled_params(train=True), torch.enable_grad():
                 loss = closure()
             losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -644,6 +674,7 @@ class IVON(Optimizer):
                 )
             self._warned = True
             return None
+        every, age = self._whole["hess_every"], self._whole["hess_age"]
         factor = 1 / max(self._whole["pending"], 1)
         if scale is not None:
             factor = factor / scale
@@ -652,6 +683,9 @@ class IVON(Optimizer):
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
             settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
+            if every > 1:
+                beta1, beta2 = group["betas"]
+                settings["betas"] = beta1, 1.0 if age else beta2**every
             state = run.momentum, run.hess, run.steps
             mine = [grads[i] for i in run.places]
             if draw is None:
@@ -671,6 +705,8 @@ class IVON(Optimizer):
             for slot in run.slots:
                 slot.state.pop("rounded", None)
             touch(run)
+        if every > 1:
+            groups.count(self.param_groups, "hess_age", (age + 1) % every - age)
         forget_copies()
         return None
 

@@ -16,8 +16,10 @@ CAPTURABLE = (torch.optim.AdamW, torch.optim.SGD, IVON)  # others count steps on
 
 
 def replayable(opt: torch.optim.Optimizer) -> bool:
-    """Whether the steps of an optimizer can be captured."""
-    return type(opt) in CAPTURABLE and opt.param_groups[0]["params"][0].is_cuda
+    """Whether the steps of an optimizer can be captured: all are alike, and on a GPU."""
+    first = opt.param_groups[0]
+    alike = first.get("hess_every", 1) == 1
+    return type(opt) in CAPTURABLE and alike and first["params"][0].is_cuda
 
 
 def replayed(step: Callable[..., Tensor], opt: torch.optim.Optimizer) -> Callable[..., Tensor]:

@@ -210,7 +210,7 @@ def _step(
     sampled_params = getattr(opt, "sampled_params", lambda train: nullcontext())
     backward = getattr(opt, "backward", _backward)
     found = []
-    for _ in range(opt.param_groups[0].get("mc_samples", 1)):
+    for _ in range(getattr(opt, "samples_due", 1)):
         with sampled_params(train=True):
             opt.zero_grad()
             found.append(backward(model, inputs, targets, share))
