@@ -209,16 +209,17 @@ def windows(tokens: Tensor, batch: int, context: int, seed: int, step: int) -> T
 
 
 def _step(what: Pretraining, model: nn.Module, opt: torch.optim.Optimizer, rows: Tensor) -> Tensor:
-    """One step on this rank's sequences, and its loss; each micro-batch has a sample of its own.
+    """One step on this rank's sequences, and its loss; each micro-batch has samples of its own.
 
     IVON averages the samples' gradients; without samples they are added up.
     """
     model.train()
     parts = rows.split(what.micro)
     sampled_params = getattr(opt, "sampled_params", None)
+    samples = getattr(opt, "samples_due", 1)
     opt.zero_grad()
     losses = []
-    for part in parts:
+    for part in (part for part in parts for _ in range(samples)):
         with sampled_params(train=True) if sampled_params else nullcontext():
             if sampled_params:
                 opt.zero_grad()

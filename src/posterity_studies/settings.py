@@ -268,7 +268,23 @@ class LanguageIvon:
             clip_radius=self.clip_radius,
             rescale_lr=self.rescale,
             seed=seed,
+            **self.sampling(),
         )
+
+    def sampling(self) -> dict[str, Any]:
+        """How samples are drawn, where not one a step."""
+        return {}
+
+
+@dataclass(frozen=True)
+class PairedIvon(LanguageIvon):
+    """The same, with h learnt from a pair of samples at every ``every``-th step."""
+
+    every: int = 10
+
+    def sampling(self) -> dict[str, Any]:
+        """Pairs on the same batch, and single samples in between."""
+        return {"mc_samples": 2, "antithetic": True, "hess_every": self.every}
 
 
 def trainable(model: nn.Module) -> list[Any]:

@@ -1,5 +1,7 @@
 """A language model from scratch: IVON and AdamW on the same tokens (figures 1 and 2).
 
+IVON twice: as the paper has it, and with h from a pair of samples at every tenth step.
+
 A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. Both optimizers have as
 many trials, as long as the runs (what is best after a quarter of the steps is not best in the end),
 with the first seed, judged on one half of the held-out text, IVON's as it will be used: averaged
@@ -23,17 +25,22 @@ from posterity_studies import jobs, runs
 from posterity_studies.data import text, tokens
 from posterity_studies.models.gpt import GPTConfig
 from posterity_studies.pretrain import RECIPES, Pretraining, held_rows, load, pretrain, scored
-from posterity_studies.settings import LanguageAdamw, LanguageIvon, Settings
+from posterity_studies.settings import LanguageAdamw, LanguageIvon, PairedIvon, Settings
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.train import Progress, silent
 
 TEXTS = ("anarchism", "dictionary")
 COUNTS, TRIED = (1, 8, 32), (8,)  # posterior samples: of results and of trials
-LABELS = {"adamw": "AdamW", "ivon": "IVON"}
+LABELS = {"adamw": "AdamW", "ivon": "IVON", "pairs": "IVON in pairs"}
+STYLES = {"adamw": ":", "ivon": "--", "pairs": "-."}
 Trials = Mapping[str, Sequence[Settings]]  # as many of each optimizer
 
 
-def trials(adamw: Sequence[tuple[float, ...]], ivon: Sequence[tuple[float, ...]]) -> Trials:
+def trials(
+    adamw: Sequence[tuple[float, ...]],
+    ivon: Sequence[tuple[float, ...]],
+    pairs: Sequence[tuple[float, ...]],
+) -> Trials:
     """AdamW with each lr, β2 and β1, and IVON with each lr, λ, memory, β1 and clip.
 
     Noise alone holds h at λg²/(2·memory), g² the gradients' mean square (docs/hessian.md), and the
@@ -45,6 +52,7 @@ def trials(adamw: Sequence[tuple[float, ...]], ivon: Sequence[tuple[float, ...]]
     return {  # what is left out has its default
         "adamw": [LanguageAdamw(**dict(zip(of_adamw, each, strict=False))) for each in adamw],
         "ivon": [LanguageIvon(**dict(zip(of_ivon, each, strict=False))) for each in ivon],
+        "pairs": [PairedIvon(**dict(zip(of_ivon, each, strict=False))) for each in pairs],
     }
 
 
@@ -95,6 +103,10 @@ SCALES = {
                 *((500.0, 3e8, 300.0), (500.0, 3e8, 300.0, 0.85)),
                 *((700.0, 3e8, 300.0, 0.8), (400.0, 3e8, 300.0, 0.8, 1.5e-3)),
             ),
+            (
+                *((6.7, 1e9, 300.0, 0.8, 0.3), (10.0, 1e9, 300.0, 0.8, 0.3)),
+                *((6.7, 3e8, 300.0, 0.8, 0.3), (4.0, 1e9, 300.0, 0.9, 0.5)),
+            ),
         ),
     ),
     "gpu": Scale(
@@ -113,7 +125,11 @@ SCALES = {
     ),
     "smoke": Scale(
         Pretraining(GPTConfig(1, 2, 16, 32, vocabulary=256), steps=4, batch=2, every=2, held=2),
-        trials(((3e-3, 0.95), (3e-3, 0.99)), ((1e3, 1e10, 2e3), (1e3, 1e9, 5e2))),
+        trials(
+            ((3e-3, 0.95), (3e-3, 0.99)),
+            ((1e3, 1e10, 2e3), (1e3, 1e9, 5e2)),
+            ((7.0, 1e9, 20.0, 0.8, 0.3), (7.0, 1e8, 20.0, 0.8, 0.3)),
+        ),
         test=4,
         thin=2,
     ),
@@ -267,7 +283,7 @@ def draw(path: Path, found: Mapping[str, Sequence[dict[str, Any]]]) -> None:
             if str(COUNTS[0]) in every[0]["scores"]:
                 values = [fmean(run["scores"][str(c)] for run in every) for c in COUNTS]
                 panels[1].plot(COUNTS, values, "o-", label=f"{LABELS[optimizer]}, averaged")
-            style = {"color": "#444444", "ls": "--" if optimizer == "ivon" else ":"}
+            style = {"color": "#444444", "ls": STYLES[optimizer]}
             panels[1].axhline(at_mean, label=LABELS[optimizer], **style)
         label(panels[0], "While training", "step", "held-out loss, nats a token")
         label(panels[1], "In the end, on other text", "posterior samples", "loss, nats a token")
