@@ -315,7 +315,8 @@ class Diagnostics:
             ess = max(layer.scattering for layer in self._noisy)
             words += (
                 ", and scatters it: it remembers few examples beside ess. Raise betas[1] to "
-                f"1 - 1/{math.ceil(5 * ess / self.batch):,}, or lower ess {10 * share:.2g} times"
+                f"1 - 1/{math.ceil(5 * ess / self.batch):,}, or lower ess {10 * share:.2g} times, "
+                "or draw pairs, antithetic, on each batch"
             )
         return Verdict("scatter", share, share <= SCATTER, words)
 
