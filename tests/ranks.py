@@ -20,6 +20,9 @@ SETTINGS = {
 }
 
 
+PAIRS = {"mc_samples": 2, "antithetic": True, "hess_every": 2}
+
+
 class Half(nn.Module):
     """A rank's half of every batch, so that the ranks' gradients differ."""
 
@@ -61,6 +64,7 @@ def work(rank: int, folder: str) -> None:
         for name, settings in SETTINGS.items()
         for way in WAYS
     }
+    found["pairs closure"] = data_parallel(rank, "closure", **PAIRS)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

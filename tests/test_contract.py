@@ -114,6 +114,58 @@ def test_h_rests_but_at_every_third_step(chosen):
     assert_same(bits(*ours), bits(*theirs))
 
 
+def test_half_a_pair_leaves_h_alone():
+    """As where the other half failed, or was forgotten; the next step is to learn then."""
+    model, opt = make(**PAIRS)
+    with opt.sampled_params(train=True):
+        backward(model)
+    assert opt.samples_due == 1
+    with pytest.raises(ZeroDivisionError), opt.sampled_params(train=True):
+        raise ZeroDivisionError
+    before = weights(model)
+    with pytest.warns(UserWarning, match="half a pair tells nothing of h"):
+        opt.step()
+    assert not any(map(torch.equal, before, weights(model)))
+    assert all((state["hess"] == LR["hess_init"]).all() for state in opt.state.values())
+    assert opt.samples_due == 2
+    closure(opt, partial(backward, model))
+    assert opt.samples_due == 1
+    assert not any((state["hess"] == LR["hess_init"]).all() for state in opt.state.values())
+
+
+def test_resume_between_the_halves_of_a_pair():
+    (model, opt), (other, its) = make(**PAIRS), make(**PAIRS)
+    samples(model, opt, 1)
+    other.load_state_dict(model.state_dict())
+    its.load_state_dict(through_bytes(opt.state_dict()))
+    for m, o in ((model, opt), (other, its)):
+        for _ in range(3):
+            samples(m, o, o.samples_due)
+            o.step()
+    assert_same(bits(model, opt), bits(other, its))
+
+
+def test_h_learns_at_every_step_again():
+    model, opt = make(**PAIRS)
+    for _ in range(2):
+        closure(opt, partial(backward, model))
+    opt.param_groups[0]["hess_every"] = 1
+    for _ in range(3):
+        assert opt.samples_due == 2
+        closure(opt, partial(backward, model))
+
+
+def test_a_copy_from_before_there_was_hess_every():
+    opt = trained(context, 2)[1]
+    state = copy.deepcopy(opt.__getstate__())
+    for kept in (state["defaults"], *state["param_groups"]):
+        del kept["hess_every"], kept["hess_age"]
+    again = IVON.__new__(IVON)
+    again.__setstate__(state)
+    assert again.param_groups[0]["hess_every"] == 1
+    assert again.samples_due == 1
+
+
 def test_a_step_that_overflowed_is_not_one_of_three():
     model, opt = make(**PAIRS)
     opt.found_inf, opt.grad_scale = torch.ones(1), torch.ones(1)

@@ -112,9 +112,15 @@ def test_what_noise_adds_to_h_is_prices_and_divided_by_samples():
 
     assert scatter() == pytest.approx(400 / (2 * 24 * 100))
     assert scatter(mc_samples=2) == pytest.approx(scatter() / 2)
-    assert scatter(hess_every=3) == pytest.approx(3 * scatter())
+    assert scatter(hess_every=3) == pytest.approx(400 / (2 * 24) * (1 - 0.99**3))
     assert scatter(hess_approx="gradsq", gradsq_scale=24) is None
-    assert scatter(mc_samples=2, antithetic=True) is None
+    with pytest.warns(UserWarning, match="half a pair"):  # one context a step
+        assert scatter(mc_samples=2, antithetic=True) is None
+
+
+def test_h_that_decays_by_many_steps_at_once_has_forgotten_as_much():
+    opt = trained(1, hess_init=100.0, hess_every=500)[1]
+    assert opt.diagnostics().average("started") < 0.02
 
 
 def test_steps_too_large_and_not_finite():

@@ -408,6 +408,18 @@ def test_data_parallel_ranks_stay_one(ranks, way, approx):
         torch.testing.assert_close(found, value.double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_data_parallel_ranks_draw_the_same_pairs(ranks):
+    first, second = (found["pairs closure"] for found in ranks)
+    assert first == second
+    model, opt = make(mc_samples=2, antithetic=True, hess_every=2)
+    for _ in range(3):
+        closure(opt, partial(backward, model))
+    for key, value in bits(model, opt).items():
+        found = torch.tensor(first[key], dtype=F64)
+        torch.testing.assert_close(found, value.double(), rtol=1e-4, atol=1e-5)
+
+
 def test_betas_are_in_the_defaults():
     _, opt = make()
     assert opt.defaults["betas"] == LR["betas"]

@@ -96,6 +96,22 @@ def test_normals_are_those_of_the_reference_within_4_ulp(ops, threads):
             assert ulps(a, b) <= 4
 
 
+def test_normals_are_within_4_ulp_of_float64(ops):
+    """Of Box–Muller's formula, on the uniform numbers and angles that float32 holds."""
+    given = noise_of([torch.empty(1 << 20)])
+    found = drawn(ops, [1 << 20])[0].view(-1, 2, noise.HALF).double()
+    key = noise.fold(noise.draw_key(given.seed, given.draw), torch.tensor(given.numbers[0]))
+    counters = torch.arange(1 << 19, dtype=torch.int32).view(-1, noise.HALF)
+    x0, x1 = noise.threefry(*key, counters, torch.zeros_like(counters))
+    u = (((x0 >> 1) & 0x7FFFFFFF).float() + 0.5).double() * 2.0**-31
+    angle = (x1 << 2).float().double() * (math.pi / 4 * 2.0**-31)
+    angle += ((x1 << 1) < 0).double() * (math.pi / 2)
+    radius = u.log().mul(-2).sqrt() * torch.where(x1 < 0, -1.0, 1.0)
+    expected = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+    ulp = 2.0 ** (expected.abs().log2().floor() - 23)
+    assert ((found - expected).abs() <= 4 * ulp).all()
+
+
 def test_integers_are_those_of_the_reference(ops):
     """The top bit of each half-turn and quarter survives in the signs; u in the radius."""
     ours = drawn(ops, [1 << 16])[0].view(-1, 2, noise.HALF)

@@ -112,7 +112,12 @@ class Layer:
         paired = g["antithetic"] and g["samples"] == "shared"
         if paired or g["hess_approx"] != "price":
             return 0.0
-        return g["ess"] * g["hess_every"] / g["mc_samples"]
+        return g["ess"] / g["mc_samples"]
+
+    @property
+    def learning(self) -> int:
+        """The steps in which h has decayed: ``hess_every`` at each at which it was learnt."""
+        return _learning(self.steps, self.group)
 
     def signal_to_noise(self, share: float) -> float:
         """A quantile of |m|/σ over the weights, in [1e-6, 1e6]."""
@@ -149,6 +154,11 @@ class Layer:
         )
 
 
+def _learning(steps: int, group: Mapping[str, Any]) -> int:
+    every = group["hess_every"]
+    return math.ceil(steps / every) * every
+
+
 def _sums(
     mean: Tensor, momentum: Tensor, hess: Tensor, steps: int, group: Group
 ) -> tuple[Tensor, Tensor]:
@@ -165,7 +175,7 @@ def _sums(
         mean.square(),
         1 / precision,
         step.clamp(-xi, xi).square(),
-        (beta2**steps * start / u).clamp(max=1),
+        (beta2 ** _learning(steps, group) * start / u).clamp(max=1),
         (start + delta) / u,
         hess < 0,
         step.abs() >= xi,
@@ -275,7 +285,7 @@ class Diagnostics:
         share, t = self.average("started"), self.steps
         words = f"{share:.0%} of h+δ is what remains of hess_init"
         if share > STARTED:
-            moved = max(x.group["betas"][1] ** x.steps for x in self.layers) < STARTED
+            moved = max(x.group["betas"][1] ** x.learning for x in self.layers) < STARTED
             words = (
                 f"{'h is small beside its start' if moved else 'h has not moved'}: {words} after "
                 f"{t} steps. To train and predict that is a choice, but what needs the curvature "
@@ -304,7 +314,10 @@ class Diagnostics:
     def _scattered(self, beta2: float | None = None) -> float:
         """docs/hessian.md: noise adds λs²/2M to h, and s² is F/B near the end."""
         assert self.batch is not None
-        each = (x.scattering * (1 - (beta2 or x.group["betas"][1])) for x in self._noisy)
+        each = (
+            x.scattering * (1 - (beta2 or x.group["betas"][1]) ** x.group["hess_every"])
+            for x in self._noisy
+        )
         return max(each, default=0.0) / (2 * self.batch)
 
     def _scatter(self) -> Verdict:
@@ -312,7 +325,7 @@ class Diagnostics:
         words = f"noise adds {share:.2g} times the squared gradients to h"
         if share > SCATTER:
             assert self.batch is not None
-            ess = max(layer.scattering for layer in self._noisy)
+            ess = max(layer.scattering * layer.group["hess_every"] for layer in self._noisy)
             words += (
                 ", and scatters it: it remembers few examples beside ess. Raise betas[1] to "
                 f"1 - 1/{math.ceil(5 * ess / self.batch):,}, or lower ess {10 * share:.2g} times, "

@@ -252,9 +252,11 @@ class IVON(Optimizer):
 
     @property
     def samples_due(self) -> int:
-        """How many samples the coming step is to average: ``mc_samples``, or 1 where h rests.
+        """How many samples the coming step still wants: of ``mc_samples``, or of 1 where h rests.
 
-        For loops over ``sampled_params(train=True)``; ``step(closure)`` draws as many by itself.
+        For loops over ``sampled_params(train=True)``: read it before the first of them.
+        ``step(closure)`` draws as many by itself. Each micro-batch with samples of its own needs
+        as many.
 
         Example:
             >>> import torch
@@ -272,7 +274,14 @@ class IVON(Optimizer):
             >>> drawn
             [2, 1, 1]
         """
-        return 1 if self._whole["hess_age"] else self._whole["mc_samples"]
+        whole = self._whole
+        taken = whole["pending"] + (self._window.draw is not None)
+        return max((1 if self._rests else whole["mc_samples"]) - taken, 0)
+
+    @property
+    def _rests(self) -> bool:
+        """Whether h rests in the coming step."""
+        return self._whole["hess_age"] % self._whole["hess_every"] != 0
 
     # -- groups and state -------------------------------------------------------------------------
 
@@ -512,11 +521,13 @@ class IVON(Optimizer):
         self._window.open(draw, slots, whole["store_mean"])
 
     def _guard_capture(self) -> None:
-        if self._whole["capturable"] or not torch.cuda.is_initialized():
+        same = self._whole["capturable"] and self._whole["hess_every"] == 1
+        if same or not torch.cuda.is_initialized():
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a CUDA graph would replay the same noise: build IVON with capturable=True"
+                "a CUDA graph would replay the same noise and kind of step: build IVON with "
+                "capturable=True and hess_every=1"
             )
 
     def _renew(self) -> None:
@@ -631,7 +642,7 @@ class IVON(Optimizer):
                     self._window.drop()
                 raise
         losses = []
-        for _ in range(self.samples_due):
+        for _ in range(max(self.samples_due, 1)):
             with self.sampled_params(train=True), torch.enable_grad():
                 loss = closure()
             losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -673,9 +684,18 @@ class IVON(Optimizer):
                     "IVON.step(): a sample but no gradient; nothing changed", stacklevel=5
                 )
             self._warned = True
+            if not distributed.alone():  # for the other ranks it is a step
+                self._age()
             return None
-        every, age = self._whole["hess_every"], self._whole["hess_age"]
-        factor = 1 / max(self._whole["pending"], 1)
+        whole, samples = self._whole, max(self._whole["pending"], 1)
+        factor, every = 1 / samples, whole["hess_every"]
+        half = whole["antithetic"] and whole["samples"] == "shared" and samples % 2 == 1
+        if half and not self._rests:
+            warnings.warn(
+                "IVON.step(): half a pair tells nothing of h, which rests: draw samples_due "
+                "samples before a step",
+                stacklevel=5,
+            )
         if scale is not None:
             factor = factor / scale
         for run in self._window.runs(slots):
@@ -683,9 +703,8 @@ class IVON(Optimizer):
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
             settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
-            if every > 1:
-                beta1, beta2 = group["betas"]
-                settings["betas"] = beta1, 1.0 if age else beta2**every
+            beta1, beta2 = group["betas"]
+            settings["betas"] = beta1, 1.0 if half or self._rests else beta2**every
             state = run.momentum, run.hess, run.steps
             mine = [grads[i] for i in run.places]
             if draw is None:
@@ -705,10 +724,15 @@ class IVON(Optimizer):
             for slot in run.slots:
                 slot.state.pop("rounded", None)
             touch(run)
-        if every > 1:
-            groups.count(self.param_groups, "hess_age", (age + 1) % every - age)
+        if self._rests or not half:
+            self._age()
         forget_copies()
         return None
+
+    def _age(self) -> None:
+        age, every = self._whole["hess_age"], self._whole["hess_every"]
+        if every > 1:
+            groups.count(self.param_groups, "hess_age", (age + 1) % every - age)
 
     @torch.no_grad()
     def _end_window(self) -> None:
@@ -808,6 +832,7 @@ class IVON(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults = {"hess_every": 1, "hess_age": 0, **self.defaults}  # newer than some copies
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -880,7 +905,8 @@ class IVON(Optimizer):
             model: the module, or its ``named_parameters()``, for the tensors' names.
             loss: mean training loss per example at posterior samples, in nats: for the ELBO.
             batch: examples of a step, over all ranks, to judge the noise in h; times the samples
-                where each context before a step has examples of its own.
+                where each context before a step has examples of its own. That of pairs is not
+                judged: they are taken to share their examples.
 
         Raises:
             ValueError: a trained parameter is not the model's.

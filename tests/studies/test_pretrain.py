@@ -15,7 +15,7 @@ from posterity_studies.data import cache, text
 from posterity_studies.models.gpt import GPT, GPTConfig
 from posterity_studies.pretrain import Pretraining
 from posterity_studies.recipes import UserError
-from posterity_studies.settings import FinetuneIvon, LanguageAdamw, LanguageIvon
+from posterity_studies.settings import FinetuneIvon, LanguageAdamw, LanguageIvon, PairedIvon
 from posterity_studies.studies import pretraining
 from posterity_studies.train import silent, warmup_cosine
 
@@ -62,6 +62,31 @@ def test_a_run_learns_and_can_be_read(name, tmp_path):
     assert rows.shape == (5, 12)
     assert pretrain.scored(model, rows, None)["mean"] == pytest.approx(found["curve"]["held"][-1])
     assert run(BOTH[name], tmp_path / "run", replace(SMALL, steps=60, every=20)) == found
+
+
+def test_halves_of_a_pair_see_the_same_sequences(monkeypatch):
+    """Of each micro-batch: m + σε, m − σε; and at the next step one sample of each."""
+    torch.manual_seed(0)
+    model = GPT(SMALL.shape)
+    opt = PairedIvon(every=2).build(model, len(TOKENS), 10, 0)
+    mean, seen = [p.detach().clone() for p in model.parameters()], []
+
+    def look(module, inputs):
+        moved = [p.detach() - m for p, m in zip(module.parameters(), mean, strict=True)]
+        seen.append((inputs[0].clone(), moved[0].clone()))
+
+    model.register_forward_pre_hook(look)
+    what = replace(SMALL, batch=4, micro=2)
+    for step in (1, 2):
+        pretrain._step(what, model, opt, pretrain.windows(TOKENS, 4, SMALL.shape.context, 0, step))
+        if step == 1:
+            rows, moved = zip(*seen, strict=True)
+            assert torch.equal(rows[0], rows[1])
+            assert torch.equal(rows[2], rows[3])
+            assert not torch.equal(rows[1], rows[2])
+            for plus, minus in ((0, 1), (2, 3)):
+                torch.testing.assert_close(moved[plus], -moved[minus], rtol=1e-3, atol=1e-7)
+    assert len(seen) == 4 + 2
 
 
 def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):

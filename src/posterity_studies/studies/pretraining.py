@@ -39,7 +39,7 @@ Trials = Mapping[str, Sequence[Settings]]  # as many of each optimizer
 def trials(
     adamw: Sequence[tuple[float, ...]],
     ivon: Sequence[tuple[float, ...]],
-    pairs: Sequence[tuple[float, ...]],
+    pairs: Sequence[tuple[Any, ...]],
 ) -> Trials:
     """AdamW with each lr, β2 and β1, and IVON with each lr, λ, memory, β1 and clip.
 
