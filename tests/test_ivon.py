@@ -172,10 +172,11 @@ def test_defaults_train_with_warm_up_and_decay(task):
     rate = torch.optim.lr_scheduler.LambdaLR(opt, factor.__getitem__)
     before = loss(model(x), y).item()
     for _ in range(steps):
-        with opt.sampled_params(train=True):
-            opt.zero_grad()
-            rows = torch.randint(len(x), (64,))
-            loss(model(x[rows]), y[rows]).backward()
+        rows = torch.randint(len(x), (64,))
+        for _ in range(opt.samples_due):
+            with opt.sampled_params(train=True):
+                opt.zero_grad()
+                loss(model(x[rows]), y[rows]).backward()
         opt.step()
         rate.step()
     probs = predict(model, opt.posterior(model), x, samples=16).probs
@@ -186,7 +187,8 @@ def test_defaults_train_with_warm_up_and_decay(task):
 
 def test_defaults_of_an_unknown_task_name_the_known_ones():
     with pytest.raises(
-        ValueError, match="there are vision, plain, tabular, language, finetuning, lora"
+        ValueError,
+        match="there are vision, plain, tabular, language, language_pairs, finetuning, lora",
     ):
         IVON.defaults_for("speech", 100, 10)
 

@@ -209,9 +209,10 @@ class IVON(Optimizer):
 
         Args:
             task: from scratch "vision" (with batch norm or the like), "plain" (without it),
-                "tabular" (small networks, few rows) or "language"; "finetuning" of all weights, or
+                "tabular" (small networks, few rows), "language" or, better where a loop can draw
+                two samples at every tenth step, "language_pairs"; "finetuning" of all weights, or
                 "lora".
-            n_train: number of training examples; "language" does not ask.
+            n_train: number of training examples; those of language do not ask.
             steps: that training will take.
 
         Raises:

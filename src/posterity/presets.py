@@ -44,6 +44,15 @@ def language(n: int, steps: int) -> Settings:
     return _clipped(0.7, 2e5 * steps, steps / 5, beta1=0.8)
 
 
+def language_pairs(n: int, steps: int) -> Settings:
+    """The same with h from pairs at every tenth step: curvature, and few steps are clipped.
+
+    A weight moves by 2e-3 at most. Loops draw ``samples_due`` samples, or pass a closure.
+    """
+    pairs = {"mc_samples": 2, "antithetic": True, "hess_every": 10}
+    return _clipped(6.7e-3, 1e9, 300, beta1=0.8) | {"clip_radius": 0.3, **pairs}
+
+
 def finetuning(n: int, steps: int) -> Settings:
     """All weights of a pretrained model; a weight moves by 6e-5 at most."""
     return _clipped(0.06, max(2e3 * n, 3e6), steps / 10)
@@ -59,6 +68,7 @@ PRESETS: dict[str, Callable[[int, int], Settings]] = {
     "plain": plain,
     "tabular": tabular,
     "language": language,
+    "language_pairs": language_pairs,
     "finetuning": finetuning,
     "lora": lora,
 }
