@@ -20,13 +20,7 @@ SETTINGS = (  # of one group
     *("lr", "ess", "hess_init", "betas", "weight_decay", "clip_radius"),
     *("hess_approx", "gradsq_scale", "rescale_lr", "debias"),
 )
-COUNTERS = (
-    "seed",
-    "draws",
-    "eval_draws",
-    "pending",
-    "hess_age",
-)  # the last apart, they place noise
+COUNTERS = ("seed", "draws", "eval_draws", "pending", "hess_age")  # of the noise, and of h
 FIXED = (  # of the optimizer: the same in every group
     *("mc_samples", "antithetic", "hess_every", "fused", "store_mean", "samples", "capturable"),
     "seed",

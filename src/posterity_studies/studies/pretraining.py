@@ -2,7 +2,7 @@
 
 IVON twice: as the paper has it, and with h from a pair of samples at every tenth step.
 
-A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. Both optimizers have as
+A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. All three have as
 many trials, as long as the runs (what is best after a quarter of the steps is not best in the end),
 with the first seed, judged on one half of the held-out text, IVON's as it will be used: averaged
 over samples. The best is trained with every seed and scored on the other half.
