@@ -47,10 +47,10 @@ def language(n: int, steps: int) -> Settings:
 def language_pairs(n: int, steps: int) -> Settings:
     """The same with h from pairs at every tenth step: curvature, and few steps are clipped.
 
-    A weight moves by 2e-3 at most. Loops draw ``samples_due`` samples, or pass a closure.
+    A weight moves by 3e-3 at most. Loops draw ``samples_due`` samples, or pass a closure.
     """
     pairs = {"mc_samples": 2, "antithetic": True, "hess_every": 10}
-    return _clipped(6.7e-3, 1e9, 300, beta1=0.8) | {"clip_radius": 0.3, **pairs}
+    return _clipped(1e-2, 1e9, 300, beta1=0.8) | {"clip_radius": 0.3, **pairs}
 
 
 def finetuning(n: int, steps: int) -> Settings:

@@ -1,9 +1,10 @@
 """Is IVON good untouched? Its defaults for a kind of task beside AdamW, tuned on each.
 
 AdamW has the settings that the studies' searches found: of `fashion-mnist` and `cifar10-resnet20`
-(their recipes), of each table (`tabular`'s trials), of a language model (`pretraining`'s) and of
-MiniLM on film reviews (`finetuning`'s). IVON has those of ``IVON.defaults_for``, which were found
-on the same tasks, but are one set for a kind of task. Its predictions are averaged over samples.
+(their recipes), of each table (`tabular`'s trials), of a language model (three rates, the rest from
+`pretraining`) and of MiniLM on film reviews (`finetuning`'s). IVON has those of
+``IVON.defaults_for``, which were found on these tasks or smaller ones, but are one set for a kind
+of task. Its predictions are averaged over samples.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 from posterity_studies import finetune, jobs, train
 from posterity_studies.data import packages
+from posterity_studies.models.gpt import GPTConfig
+from posterity_studies.pretrain import Pretraining
 from posterity_studies.recipes import recipe
 from posterity_studies.settings import FinetuneAdamw, LanguageAdamw, Settings, Untouched
 from posterity_studies.studies import pretraining, tabular
@@ -26,7 +29,15 @@ from posterity_studies.train import Progress
 
 SAMPLES = 16
 Judge = Callable[..., float]  # folder, optimizer, settings, seed, smoke → NLL
+Search = Callable[..., Settings]  # name, folder, seed, smoke, progress → the best of some trials
 LABELS = {"adamw": "AdamW, tuned", "ivon": "IVON, untouched"}
+TEXT = pretraining.Scale(
+    Pretraining(
+        GPTConfig(6, 6, 384, 128, vocabulary=256), steps=1500, batch=12, micro=12, bf16=True
+    ),
+    {"adamw": [LanguageAdamw(lr, beta1=0.8) for lr in (1e-3, 1.7e-3, 2.8e-3)]},
+    test=512,
+)
 
 
 def images(
@@ -51,14 +62,37 @@ def table(
     return scores[tabular.TITLES[optimizer][0]]["NLL"]
 
 
+def tuned_table(name: str, folder: Path, seed: int, smoke: bool, progress: Progress) -> Settings:
+    """AdamW's best of `tabular`'s trials on a table's validation rows."""
+    trials = tabular.TRIALS["adamw"][: 1 if smoke else None]
+    epochs = 1 if smoke else tabular.EPOCHS
+    paths = [folder / f"{name}-adamw-{k}.json" for k in range(len(trials))]
+    pairs = zip(paths, trials, strict=True)
+    losses = [tabular.tried_on(path, name, settings, epochs) for path, settings in pairs]
+    return trials[losses.index(min(losses))]
+
+
 def text(
     name: str, folder: Path, optimizer: str, settings: Settings, seed: int, smoke: bool
 ) -> float:
     """A token's, on the half of the held-out text that no setting was chosen by."""
-    size = pretraining.SCALES["smoke" if smoke else "desk"]
+    size = _text(smoke)
+    if optimizer == "adamw":
+        number = size.trials["adamw"].index(settings)
+        folder = pretraining.run_folder(folder.parent / "trials", "adamw", number, seed)
     how = None, 1, size.test, pretraining.COUNTS, size.thin
     scores = pretraining.trained(folder, size.what, settings, seed, *how)[1]
     return scores.get(str(max(pretraining.COUNTS)), scores["mean"])
+
+
+def tuned_text(name: str, folder: Path, seed: int, smoke: bool, progress: Progress) -> Settings:
+    """AdamW's best trial on the half to choose by."""
+    return pretraining.search(folder, _text(smoke), None, seed, progress)["adamw"].settings
+
+
+def _text(smoke: bool) -> pretraining.Scale:
+    small = pretraining.SCALES["smoke"]
+    return replace(small, trials={"adamw": small.trials["adamw"]}) if smoke else TEXT
 
 
 def sentences(
@@ -78,7 +112,7 @@ class Task:
     judge: Judge
     name: str
     kind: str
-    adamw: Settings | None  # None: those of the study `tabular`
+    adamw: Settings | Search
     short: bool = True  # a run takes less than ten minutes: all seeds, else the first
     smoke: bool = True
 
@@ -92,15 +126,17 @@ TASKS = (
         recipe("fashion-mnist").optimizers["adamw"],
     ),
     *(
-        Task(f"{name}, one hidden layer", table, name, "tabular", None, smoke=name == "boston")
+        Task(
+            f"{name}, one hidden layer", table, name, "tabular", tuned_table, smoke=name == "boston"
+        )
         for name in ("boston", "concrete", "auto", "diamonds")
     ),
     Task(
-        "a GPT on 43 MB of text",
+        "a GPT of 10.8M weights on 43 MB of text",
         text,
-        "",
-        "language",
-        LanguageAdamw(2.5e-3, beta1=0.8),
+        "gpt",
+        "language_pairs",
+        tuned_text,
         short=False,
     ),
     Task("MiniLM on film reviews", sentences, "movies", "finetuning", FinetuneAdamw(5e-5)),
@@ -120,7 +156,11 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     """A row for each task: NLL of both, and IVON's less AdamW's with its standard error."""
     smoke = scale == "smoke"
     tasks = [t for t in TASKS if t.smoke] if smoke else TASKS
-    chosen = {task.title: task.adamw or tuned(task.name, out, smoke) for task in tasks}
+    how = seeds[0], smoke, progress
+    chosen = {
+        t.title: t.adamw(t.name, out / "trials", *how) if callable(t.adamw) else t.adamw
+        for t in tasks
+    }
     work = [
         (task, optimizer, settings, seed)
         for task in tasks
@@ -141,22 +181,12 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     return {"rows": rows, "data": "those of the tasks' own studies", "each": found}
 
 
-def tuned(name: str, out: Path, smoke: bool) -> Settings:
-    """AdamW's best of `tabular`'s trials on a table's validation rows."""
-    trials = tabular.TRIALS["adamw"][: 1 if smoke else None]
-    epochs = 1 if smoke else tabular.EPOCHS
-    paths = [out / "trials" / f"{name}-adamw-{k}.json" for k in range(len(trials))]
-    pairs = zip(paths, trials, strict=True)
-    losses = [tabular.tried_on(path, name, settings, epochs) for path, settings in pairs]
-    return trials[losses.index(min(losses))]
-
-
 def _judged(judge: Judge, *call: Any) -> float:
     return judge(*call)
 
 
 def _folder(out: Path, task: Task, optimizer: str, seed: int) -> Path:
-    return out / f"{task.name or task.kind}-{optimizer}-seed{seed}"
+    return out / f"{task.name}-{optimizer}-seed{seed}"
 
 
 def _row(title: str, each: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     work = [(o, seed) for seed in seeds for o in chosen]
     how = place, 1, size.test, COUNTS, size.thin
     calls = [
-        (_folder(out, o, chosen[o].number, seed), size.what, chosen[o].settings, seed, *how)
+        (run_folder(out, o, chosen[o].number, seed), size.what, chosen[o].settings, seed, *how)
         for o, seed in work
     ]
     found: dict[str, list[dict[str, Any]]] = {o: [] for o in chosen}
@@ -193,7 +193,7 @@ def search(
         return {o: Chosen(0, only, []) for o, (only,) in size.trials.items()}
     work = [(o, k, s) for o, every in size.trials.items() for k, s in enumerate(every)]
     calls = [
-        (_folder(out, o, k, seed), size.what, s, seed, place, 0, size.test, TRIED, size.thin)
+        (run_folder(out, o, k, seed), size.what, s, seed, place, 0, size.test, TRIED, size.thin)
         for o, k, s in work
     ]
     attempt = partial(jobs.unless_diverged, trained)
@@ -211,7 +211,7 @@ def search(
     return chosen
 
 
-def _folder(out: Path, optimizer: str, number: int, seed: int) -> Path:
+def run_folder(out: Path, optimizer: str, number: int, seed: int) -> Path:
     """Of a run with an optimizer's settings of this number; a trial is one of them."""
     return out / f"{optimizer}-{number}-seed{seed}"
 
