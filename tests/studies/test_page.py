@@ -104,6 +104,14 @@ def test_all_can_use_it(visit, kind, size):
     assert len(page.screenshot()) > 20_000
 
 
+@pytest.mark.parametrize("kind", ["comparison", "sensitivity", "merge"])
+def test_on_a_desk_no_table_is_cut_off(visit, kind):
+    page = visit(kind)
+    cut = "e => [...e].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert page.eval_on_selector_all(".scroll", cut) == 0
+    assert page.locator(".scroll table").count() > 0
+
+
 def test_a_complaint_would_be_heard(visit):
     page = visit("comparison")
     page.evaluate("console.error('heard')")
