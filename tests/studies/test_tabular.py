@@ -5,11 +5,9 @@ import math
 import pytest
 import torch
 
-from posterity_studies import runs
 from posterity_studies.data import tabular
 from posterity_studies.data.cache import DataError
 from posterity_studies.settings import Adamw, IvonSamples
-from posterity_studies.studies import defaults
 from posterity_studies.studies import tabular as study
 from posterity_studies.train import silent
 
@@ -70,21 +68,3 @@ def test_the_study_is_resumed(tmp_path):
     assert len(before) == 4 + 2  # two splits, and a trial, of each optimizer
     assert study.study(tmp_path, [0, 1], "smoke", silent) == found
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
-
-
-def test_what_is_untouched_is_compared_with_the_best_trial(tmp_path, monkeypatch):
-    """On a table alone: what the other tasks train is their own studies'."""
-    monkeypatch.setattr(defaults, "TASKS", [t for t in defaults.TASKS if t.name == "auto"])
-    monkeypatch.setattr(study, "EPOCHS", 3)
-    found = defaults.study(tmp_path, [0, 1], "desk", silent)
-    (row,) = found["rows"]
-    names = [f"auto-adamw-{k}.json" for k in range(len(study.TRIALS["adamw"]))]
-    losses = [runs.read_json(tmp_path / "trials" / name)["found"] for name in names]
-    settings = runs.read_json(tmp_path / "auto-adamw-seed0.json")["asked"]
-    best = study.TRIALS["adamw"][losses.index(min(losses))]
-    assert (settings["lr"], settings["weight_decay"]) == (best.lr, best.weight_decay)
-    (each,) = found["each"].values()
-    gaps = [i - a for a, i in zip(each["adamw"], each["ivon"], strict=True)]
-    assert row["IVON's less AdamW's"] == pytest.approx(sum(gaps) / 2)
-    assert row["s.e."] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
-    assert row["seeds"] == 2

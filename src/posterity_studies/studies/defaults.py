@@ -1,7 +1,7 @@
 """Is IVON good untouched? Its defaults for a kind of task beside AdamW, tuned on each.
 
 AdamW has the settings that the studies' searches found: of `fashion-mnist` and `cifar10-resnet20`
-(their recipes), of each table (`tabular`'s trials), of a language model (three rates, the rest from
+(their recipes), of each table (`tabular`'s trials), of a language model (four rates, the rest from
 `pretraining`) and of MiniLM on film reviews (`finetuning`'s). IVON has those of
 ``IVON.defaults_for``, which were found on these tasks or smaller ones, but are one set for a kind
 of task. Its predictions are averaged over samples.
@@ -29,13 +29,14 @@ from posterity_studies.train import Progress
 
 SAMPLES = 16
 Judge = Callable[..., float]  # folder, optimizer, settings, seed, smoke → NLL
-Search = Callable[..., Settings]  # name, folder, seed, smoke, progress → the best of some trials
+# name, folder, seed, smoke, progress → the best of some trials, and its run where it is a whole one
+Search = Callable[..., tuple[Settings, Path | None]]
 LABELS = {"adamw": "AdamW, tuned", "ivon": "IVON, untouched"}
 TEXT = pretraining.Scale(
     Pretraining(
         GPTConfig(6, 6, 384, 128, vocabulary=256), steps=1500, batch=12, micro=12, bf16=True
     ),
-    {"adamw": [LanguageAdamw(lr, beta1=0.8) for lr in (1e-3, 1.7e-3, 2.8e-3)]},
+    {"adamw": [LanguageAdamw(lr, beta1=0.8) for lr in (1e-3, 1.7e-3, 6e-4, 4e-4)]},
     test=512,
 )
 
@@ -62,14 +63,16 @@ def table(
     return scores[tabular.TITLES[optimizer][0]]["NLL"]
 
 
-def tuned_table(name: str, folder: Path, seed: int, smoke: bool, progress: Progress) -> Settings:
+def tuned_table(
+    name: str, folder: Path, seed: int, smoke: bool, progress: Progress
+) -> tuple[Settings, None]:
     """AdamW's best of `tabular`'s trials on a table's validation rows."""
     trials = tabular.TRIALS["adamw"][: 1 if smoke else None]
     epochs = 1 if smoke else tabular.EPOCHS
     paths = [folder / f"{name}-adamw-{k}.json" for k in range(len(trials))]
     pairs = zip(paths, trials, strict=True)
     losses = [tabular.tried_on(path, name, settings, epochs) for path, settings in pairs]
-    return trials[losses.index(min(losses))]
+    return trials[losses.index(min(losses))], None
 
 
 def text(
@@ -77,17 +80,17 @@ def text(
 ) -> float:
     """A token's, on the half of the held-out text that no setting was chosen by."""
     size = _text(smoke)
-    if optimizer == "adamw":
-        number = size.trials["adamw"].index(settings)
-        folder = pretraining.run_folder(folder.parent / "trials", "adamw", number, seed)
     how = None, 1, size.test, pretraining.COUNTS, size.thin
     scores = pretraining.trained(folder, size.what, settings, seed, *how)[1]
     return scores.get(str(max(pretraining.COUNTS)), scores["mean"])
 
 
-def tuned_text(name: str, folder: Path, seed: int, smoke: bool, progress: Progress) -> Settings:
-    """AdamW's best trial on the half to choose by."""
-    return pretraining.search(folder, _text(smoke), None, seed, progress)["adamw"].settings
+def tuned_text(
+    name: str, folder: Path, seed: int, smoke: bool, progress: Progress
+) -> tuple[Settings, Path]:
+    """AdamW's best trial on the half to choose by, a run that is scored on the other."""
+    best = pretraining.search(folder, _text(smoke), None, seed, progress)["adamw"]
+    return best.settings, pretraining.run_folder(folder, "adamw", best.number, seed)
 
 
 def _text(smoke: bool) -> pretraining.Scale:
@@ -156,25 +159,25 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     """A row for each task: NLL of both, and IVON's less AdamW's with its standard error."""
     smoke = scale == "smoke"
     tasks = [t for t in TASKS if t.smoke] if smoke else TASKS
-    how = seeds[0], smoke, progress
-    chosen = {
-        t.title: t.adamw(t.name, out / "trials", *how) if callable(t.adamw) else t.adamw
-        for t in tasks
-    }
-    work = [
-        (task, optimizer, settings, seed)
-        for task in tasks
-        for seed in (seeds if task.short else seeds[:1])
-        for optimizer, settings in (("adamw", chosen[task.title]), ("ivon", Untouched(task.kind)))
-    ]
+    how = out / "trials", seeds[0], smoke, progress
+    work: list[tuple[Task, str, Settings, int, Path]] = []
+    for task in tasks:
+        adamw = task.adamw(task.name, *how) if callable(task.adamw) else (task.adamw, None)
+        for seed in seeds if task.short else seeds[:1]:
+            for optimizer, (settings, run) in {
+                "adamw": adamw,
+                "ivon": (Untouched(task.kind), None),
+            }.items():
+                folder = run if run and seed == seeds[0] else _folder(out, task, optimizer, seed)
+                work.append((task, optimizer, settings, seed, folder))
     calls = [
-        (task.judge, task.name, _folder(out, task, optimizer, seed), optimizer, settings, seed)
-        for task, optimizer, settings, seed in work
+        (task.judge, task.name, folder, optimizer, settings, seed)
+        for task, optimizer, settings, seed, folder in work
     ]
     calls = [(*call, smoke) for call in calls]
     losses = jobs.each(_judged, calls, progress, "runs", [call[2] for call in calls])
     found: dict[str, dict[str, list[float]]] = {}
-    for (task, optimizer, _, _), loss in zip(work, losses, strict=True):
+    for (task, optimizer, *_), loss in zip(work, losses, strict=True):
         found.setdefault(task.title, {}).setdefault(optimizer, []).append(loss)
     draw(out / "defaults.png", found)
     rows = [_row(title, each) for title, each in found.items()]
