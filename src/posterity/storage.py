@@ -35,9 +35,11 @@ def save(
     With ``values``, ``tensors`` only tell dtypes and shapes (they may be on the meta device), and
     the values come one by one, in any order: a file may be larger than the memory.
     """
+    from . import __version__  # not there yet when this module is imported
+
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    told = {"format": form, "version": str(VERSION)}
+    told = {"format": form, "version": str(VERSION), "posterity": __version__}
     told |= {name: json.dumps(value) for name, value in facts.items()}
     header, places = _header(tensors, told)
     try:
@@ -93,6 +95,7 @@ def loaded(path: str | Path, form: str) -> Iterator[tuple[Tensors, dict[str, Any
         with safe_open(str(path), "pt") as file:
             told = dict(file.metadata() or {})
             found, version = told.pop("format", "unknown"), int(told.pop("version", 0))
+            told.pop("posterity", None)  # what wrote it, for whoever looks
             if found != form:
                 raise ValueError(f"its format is {found}, not {form}")
             if version > VERSION:

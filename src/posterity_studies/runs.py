@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import posterity
@@ -55,6 +56,19 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _serialised(path: Path) -> Iterator[Path]:
+    """As :func:`replacing`, for writers that tell of a full disk in words of their own."""
+    with replacing(path) as temporary:
+        try:
+            yield temporary
+        except (RuntimeError, SafetensorError) as error:
+            raise OSError(
+                f"{path} cannot be written: is the disk full? Free some space and run the same "
+                f"command again ({str(error).splitlines()[0]})"
+            ) from error
 
 
 @contextmanager
@@ -126,7 +140,8 @@ def kept(path: Path, asked: Mapping[str, Any], make: Callable[[], Any]) -> Any:
     """
     asked = json.loads(json.dumps(asked))
     if not path.exists():
-        write_json(path, {"asked": asked, "found": make()})
+        made_by = {"posterity": posterity.__version__}
+        write_json(path, {**made_by, "asked": asked, "found": make()})
     content = read_json(path)
     if content.get("asked") != asked:
         raise UserError(f"{path} is of other settings: remove it, or choose another --out")
@@ -135,9 +150,9 @@ def kept(path: Path, asked: Mapping[str, Any], make: Callable[[], Any]) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, atomically."""
-    with replacing(path) as temporary:
-        plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        safetensors.torch.save_file(plain, temporary)
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with _serialised(path) as temporary:
+        safetensors.torch.save_file(plain, temporary, {"posterity": posterity.__version__})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -202,8 +217,8 @@ def load_sampled(run: Path, samples: int) -> tuple[dict[str, Any], nn.Module, Sa
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a training checkpoint, atomically."""
-    with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+    with _serialised(path) as temporary:
+        torch.save({"posterity": posterity.__version__, **checkpoint}, temporary)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
