@@ -7,12 +7,13 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from posterity import __version__
 from posterity_studies import (
     claims,
     compare,
@@ -28,32 +29,35 @@ from posterity_studies import (
     train,
     tune,
 )
+from posterity_studies.arguments import Json, Name, Place, RecipeName, RunFolder, Whole, parsed
 from posterity_studies.data import tokens
 from posterity_studies.merge import Merge
-from posterity_studies.predicting import Json, Predict
+from posterity_studies.predicting import Predict
 from posterity_studies.progress import bar
 from posterity_studies.recipes import Recipe, UserError, overridden, recipe, unknown
 from posterity_studies.sensitivity import Sensitivity
-
-Name = tyro.conf.Positional[str]
 
 
 @dataclass
 class Train:
     """Train one optimizer with one seed. Run it again after an interruption: it goes on.
 
+    posterity train fashion-mnist --seed 1 --set lr=0.3
+
     On several processes: torchrun --nproc-per-node N -m posterity_studies train ...
     """
 
-    recipe: Name
-    """fashion-mnist, or smoke (the same cut to seconds)."""
+    recipe: RecipeName
+    """fashion-mnist, or smoke (the same cut to seconds); an unknown name lists all."""
     optimizer: str = "ivon"
-    """adamw, sgd or ivon."""
+    """adamw, sgd or ivon; an unknown name lists the recipe's."""
     seed: int = 0
-    out: Path | None = None
+    """Of the weights, the order of the images and the noise."""
+    out: Place = None
     """Folder of the run; default runs/RECIPE/OPTIMIZER-seedSEED."""
-    epochs: int | None = None
-    samples: int | None = None
+    epochs: Whole = None
+    """Fewer or more than the recipe's; the learning rate still ends at zero."""
+    samples: Whole = None
     """Posterior samples at test time."""
     validation: int = 0
     """Hold out so many training images and evaluate on them instead of the test set."""
@@ -84,17 +88,22 @@ class Train:
 
 @dataclass
 class Compare:
-    """Train AdamW, SGD and IVON alike, print the comparison and write an HTML report."""
+    """Train AdamW, SGD and IVON alike, print the comparison and write an HTML report.
 
-    recipe: Name
-    """fashion-mnist, or smoke (the same cut to seconds)."""
+    posterity compare fashion-mnist --seeds 0 1 2
+    """
+
+    recipe: RecipeName
+    """fashion-mnist, or smoke (the same cut to seconds); an unknown name lists all."""
     seeds: tuple[int, ...] = (0,)
-    out: Path | None = None
+    """One run of each optimizer for each."""
+    out: Place = None
     """Folder of the runs and the report; default runs/RECIPE. Finished runs are used again."""
-    epochs: int | None = None
-    samples: int | None = None
+    epochs: Whole = None
+    """Fewer or more than the recipe's; the learning rate still ends at zero."""
+    samples: Whole = None
     """Posterior samples at test time."""
-    results: Path | None = None
+    results: Place = None
     """Folder for copies of the result files, to be committed."""
     as_json: Json = False
     """Print a list of what the runs' result.json hold instead of a table."""
@@ -123,25 +132,33 @@ class Report:
     """Write the HTML report of one finished run, or of several on the same images.
 
     Scores, curves, calibration, what is unknown, the posterior layer by layer, and a gallery.
+
+    posterity report runs/fashion-mnist/ivon-seed0 runs/fashion-mnist/sgd-seed0
     """
 
-    run: tyro.conf.Positional[tuple[Path, ...]]
+    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")]
     """Folders of runs of `train` or `compare`."""
-    out: Path | None = None
+    out: Place = None
     """The page; default report.html in the first folder."""
+    as_json: Json = False
+    """Print the page's path as JSON."""
 
     def __call__(self) -> None:
         if not self.run:
             raise UserError("report needs the folder of a finished run, or of several")
         path = self.out or self.run[0] / "report.html"
-        print(f"report: {compare.write_report(self.run, path).resolve()}")
+        written = compare.write_report(self.run, path).resolve()
+        print(json.dumps({"report": str(written)}) if self.as_json else f"report: {written}")
 
 
 @dataclass
 class Evaluate:
-    """Evaluate a finished run with any number of posterior samples."""
+    """Evaluate a finished run with any number of posterior samples.
 
-    run: tyro.conf.Positional[Path]
+    posterity evaluate runs/fashion-mnist/ivon-seed0 --samples 16
+    """
+
+    run: RunFolder
     """Folder of a run."""
     samples: int = 64
     """Posterior samples; 0 evaluates at the mean."""
@@ -154,7 +171,8 @@ class Evaluate:
         task = tasks.load(chosen)
         found = train.evaluate(model, posterior, task.test, task.ood, self.samples, bar)
         samples = self.samples if posterior else 0
-        kept = {"samples": samples, **{k: v for k, v in found.items() if isinstance(v, float)}}
+        kept = {"posterity": __version__, "samples": samples}
+        kept |= {k: v for k, v in found.items() if isinstance(v, float)}
         runs.write_json(self.run / f"evaluation-{samples}.json", kept)
         if self.as_json:
             print(json.dumps(kept))
@@ -175,21 +193,26 @@ class Tune:
 
     By successive halving: all trials run for a few epochs, the better third for three times as
     many, and so on; the last three then run in full with three seeds.
+
+    posterity tune fashion-mnist --trials 12 --jobs 4
     """
 
-    recipe: Name
+    recipe: RecipeName
+    """fashion-mnist, or smoke (the same cut to seconds); an unknown name lists all."""
     trials: int = 10
     """Trials for each optimizer."""
-    first: int | None = None
+    first: Whole = None
     """Epochs of the first round; by default a ninth of the recipe's for 9 to 26 trials, at least
     one. The recipe's own number trains every trial in full: that takes longer, and is fooled
     less."""
     jobs: int = 2
     """Trials at a time; the processor's cores are divided among them."""
-    out: Path | None = None
+    out: Place = None
     """Folder of the trials; default runs/tune/RECIPE. Finished trials are not run again."""
-    results: Path | None = None
+    results: Place = None
     """Where to write the search's table as JSON."""
+    as_json: Json = False
+    """Print that table instead of the best settings."""
 
     def __call__(self) -> None:
         chosen = recipe(self.recipe)
@@ -203,6 +226,9 @@ class Tune:
         path = self.results or out / "tune.json"
         runs.write_json(path, found)
         tune.draw(path.with_suffix(".png"), found)
+        if self.as_json:
+            print(json.dumps(found))
+            return
         print(f"table and picture: {path}, {path.with_suffix('.png')}")
         for optimizer in (o for o in chosen.search if o in found):
             best = found[optimizer]["trials"][0]
@@ -211,16 +237,24 @@ class Tune:
 
 @dataclass
 class Tokens:
-    """Write a corpus as GPT-2's tokens, for `pretrain`. Interrupted, it goes on where it was."""
+    """Write a corpus as GPT-2's tokens, for `pretrain`. Interrupted, it goes on where it was.
 
-    corpus: tyro.conf.Positional[str]
+    posterity tokens Skylion007/openwebtext --out tokens/openwebtext
+    """
+
+    corpus: Annotated[Name, tyro.conf.arg(metavar="CORPUS")]
     """A file; a folder of files *.txt; anarchism, dictionary, or anarchism+dictionary; or a data
     set of the Hugging Face hub, such as Skylion007/openwebtext."""
     out: Path
     """Folder for train.bin, held.bin and tokens.json."""
+    as_json: Json = False
+    """Print what tokens.json holds instead of a sentence."""
 
     def __call__(self) -> None:
         facts = tokens.prepare(self.corpus, self.out, bar)
+        if self.as_json:
+            print(json.dumps(facts))
+            return
         print(f"{self.out}: {facts['train']:,} tokens to train on, {facts['held']:,} held out")
 
 
@@ -228,28 +262,33 @@ class Tokens:
 class Pretrain:
     """Train a language model from scratch. Run it again after an interruption: it goes on.
 
+    posterity pretrain gpt2 --tokens tokens/openwebtext --steps 1000
+
     On several GPUs: torchrun --nproc-per-node N -m posterity_studies pretrain ...
     """
 
-    recipe: Name
+    recipe: RecipeName
     """gpt2, gpt2-medium or gpt2-large, with the paper's settings."""
     tokens: Path
     """Folder that `posterity tokens` wrote."""
     optimizer: str = "ivon"
     """adamw or ivon."""
     seed: int = 0
-    out: Path | None = None
+    """Of the weights, the windows of text and the noise."""
+    out: Place = None
     """Folder of the run; default runs/RECIPE/OPTIMIZER-seedSEED."""
-    steps: int | None = None
+    steps: Whole = None
     """Fewer steps than the paper's 100,000; the learning rate still ends at zero."""
-    batch: int | None = None
+    batch: Whole = None
     """Sequences a step, of all processors together; the paper's are 480."""
-    micro: int | None = None
+    micro: Whole = None
     """Sequences at once on each processor; less takes less memory. IVON draws a posterior sample
     for each such part of a batch."""
     compiled: bool = False
     """Compile the network first (torch.compile): a minute at the start, faster steps on a GPU,
     where steps of one part (--micro not below --batch) also become a CUDA graph."""
+    as_json: Json = False
+    """Print what result.json holds instead of a sentence."""
 
     def __call__(self) -> None:
         if self.recipe not in pretrain.RECIPES:
@@ -267,7 +306,9 @@ class Pretrain:
                 what, settings[self.optimizer], self.seed, out, read["train"], read["held"], bar
             )
             first = ranks.first()
-        if first:
+        if first and self.as_json:
+            print(json.dumps(found))
+        elif first:
             loss, seconds = found["curve"]["held"][-1], found["seconds_per_step"]
             print(f"held-out loss {loss:.4f} nats a token, {seconds:.3g} s a step")
             print(f"run folder: {out}")
@@ -277,14 +318,17 @@ class Pretrain:
 class Finetune:
     """Finetune a language model on sentences, and keep its posterior: to predict with, to merge.
 
-    Run it again after an interruption: it goes on. On several processes:
-    torchrun --nproc-per-node N -m posterity_studies finetune ...
+    Run it again after an interruption: it goes on.
+
+    posterity finetune minilm movies --epochs 2
+
+    On several processes: torchrun --nproc-per-node N -m posterity_studies finetune ...
     """
 
-    model: Name
+    model: Annotated[Name, tyro.conf.arg(metavar="MODEL")]
     """An encoder of the Hugging Face hub, such as FacebookAI/roberta-large, or a folder that holds
     one; minilm (22.7M weights) or smollm2 (135M, by LoRA) need no hub."""
-    sentences: Name
+    sentences: Annotated[Name, tyro.conf.arg(metavar="SENTENCES")]
     """cola, sst2, mrpc, qqp, mnli, qnli or rte of GLUE; imdb, yelp, rotten-tomatoes, amazon; a data
     set of the hub, or a folder, with columns text and label and splits train and test. For minilm
     movies, amazon, nyt, tweets or airline; for smollm2 movies."""
@@ -292,15 +336,18 @@ class Finetune:
     """adamw or ivon."""
     seed: int = 0
     """Models that are to be merged need one seed: their heads start from it."""
-    out: Path | None = None
+    out: Place = None
     """Folder of the run; default runs/MODEL/SENTENCES/OPTIMIZER-seedSEED."""
-    epochs: int | None = None
-    batch: int | None = None
+    epochs: Whole = None
+    """Passes over the training sentences."""
+    batch: Whole = None
     """Sentences a step, of all processes together."""
     samples: int = 16
     """Posterior samples that the test averages."""
     set: tuple[str, ...] = ()
     """Settings of the optimizer, as KEY=NUMBER: --set lr=0.01 ess=1e8."""
+    as_json: Json = False
+    """Print what result.json holds instead of a table."""
 
     def __call__(self) -> None:
         if self.optimizer not in finetune.OPTIMIZERS:
@@ -319,6 +366,9 @@ class Finetune:
             first = ranks.first()
         if not first:
             return
+        if self.as_json:
+            print(json.dumps(found))
+            return
         drawn = Table("on the test", *finetune.MEASURES, title_justify="left")
         for way, score in found["test"].items():
             drawn.add_row(way, *(f"{score[measure]:.4f}" for measure in finetune.MEASURES))
@@ -328,21 +378,25 @@ class Finetune:
 
 @dataclass
 class Study:
-    """Ask on real data what the posterior is good for; without a name, list the questions."""
+    """Ask on real data what the posterior is good for; without a name, list the questions.
 
-    name: tyro.conf.Positional[str] = ""
+    posterity study gap --seeds 0 1 2
+    """
+
+    name: Annotated[Name, tyro.conf.arg(metavar="[STUDY]")] = ""
     """One of the list."""
     seeds: tuple[int, ...] = (0,)
+    """Of the training runs."""
     scale: Literal["smoke", "desk", "gpu", "paper"] = "desk"
     """smoke takes seconds and its numbers mean nothing; gpu takes minutes on one; paper is the
     published size, and takes several: CIFAR-10 with ResNet-20, GPT-2 on OpenWebText."""
-    out: Path | None = None
+    out: Place = None
     """Folder of the study; default runs/studies/NAME. What is finished there is used again."""
-    results: Path | None = None
+    results: Place = None
     """Folder for a copy of the result file and the pictures, to be committed."""
     jobs: int = 1
     """Training runs at a time, where a study has several; the cores are divided among them."""
-    slurm: str | None = None
+    slurm: Annotated[str | None, tyro.conf.arg(metavar="STR")] = None
     """Submit the training runs to this Slurm partition instead (needs submitit)."""
     list: bool = False
     """List the questions, as without a name."""
@@ -423,36 +477,42 @@ def _changed(chosen: Recipe, epochs: int | None, samples: int | None) -> Recipe:
     return replace(chosen, **{k: v for k, v in given.items() if v is not None})
 
 
+COMMANDS = {
+    "train": Train,
+    "compare": Compare,
+    "report": Report,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "tune": Tune,
+    "tokens": Tokens,
+    "pretrain": Pretrain,
+    "finetune": Finetune,
+    "sensitivity": Sensitivity,
+    "merge": Merge,
+    "study": Study,
+}
+RESUMED = (Train, Compare, Tune, Tokens, Pretrain, Finetune, Study)
+
+
 def main() -> None:
     """Run the command line; wrong input ends in one line and exit code 2."""
-    commands = {
-        "train": Train,
-        "compare": Compare,
-        "report": Report,
-        "evaluate": Evaluate,
-        "predict": Predict,
-        "tune": Tune,
-        "tokens": Tokens,
-        "pretrain": Pretrain,
-        "finetune": Finetune,
-        "sensitivity": Sensitivity,
-        "merge": Merge,
-        "study": Study,
-    }
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="posterity",
-        description="Variational learning of deep networks, tried on real data.",
-    )
+    command = None
     try:
+        if sys.argv[1:] == ["--version"]:
+            print(f"posterity {__version__}")
+            return
+        command = parsed(
+            COMMANDS,
+            prog="posterity",
+            description="Variational learning of deep networks, tried on real data. "
+            "posterity --tyro-print-completion bash (or zsh, tcsh) writes what a shell completes.",
+        )
         if ranks.several() and not isinstance(command, (Train, Pretrain, Finetune)):
             raise UserError("only train, pretrain and finetune run on several processes")
         command()
     except KeyboardInterrupt:
-        print(
-            "\nposterity: interrupted; the same command goes on from the last epoch",
-            file=sys.stderr,
-        )
+        then = "goes on where it was" if isinstance(command, RESUMED) else "starts again"
+        print(f"\nposterity: interrupted; the same command {then}", file=sys.stderr)
         sys.exit(130)
     except (UserError, data.DataError, ValueError, OSError) as error:
         print(f"posterity: error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors
 import torch
@@ -17,6 +17,7 @@ import tyro
 import posterity
 from posterity.merging import METHODS, merge_files, source
 from posterity_studies import report, runs
+from posterity_studies.arguments import Json, Place, Real
 from posterity_studies.progress import bar
 from posterity_studies.recipes import UserError
 
@@ -28,13 +29,15 @@ class Merge:
     Tensor by tensor, so the models may be larger than the memory. A model card, OUT with the
     ending .md, says what was merged and how to load it; a page, OUT with .html, what became of each
     tensor.
+
+    posterity merge runs/a runs/b --base base.safetensors --out merged.safetensors
     """
 
-    models: tyro.conf.Positional[tuple[Path, ...]]
+    models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...")]
     """Files that Posterior.save wrote, or folders of runs."""
     out: Path
     """The merged posterior's file; must not exist."""
-    base: Path | None = None
+    base: Place = None
     """What the models were finetuned from: a file or folder, as models; the methods average and
     fisher take none."""
     method: str = "hessian"
@@ -43,10 +46,12 @@ class Merge:
     """Scale of the task vectors; not of product, average and fisher."""
     weights: tuple[float, ...] = ()
     """One per model: data sizes where Hessians are means over examples; default 1."""
-    density: float | None = None
+    density: Real = None
     """Share of each task vector that ties and dare keep."""
     seed: int = 0
     """Of what dare keeps."""
+    as_json: Json = False
+    """Print the names of what was written, and what was merged, as JSON."""
 
     def __call__(self) -> None:
         paths = [_posterior(path) for path in self.models]
@@ -70,6 +75,10 @@ class Merge:
                 raise UserError(str(error)) from None
             text.write_text(_card(self.out.name, paths, base, facts))
             _page(look, self.out.name, merged, paths, facts)
+        if self.as_json:
+            written = {"posterior": str(self.out), "card": str(card), "page": str(page)}
+            print(json.dumps(written | facts))
+            return
         print(f"merged posterior: {self.out}\nmodel card: {card}\npage: {page}")
 
 

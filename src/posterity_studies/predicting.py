@@ -17,24 +17,26 @@ from posterity import predict
 from posterity.binding import Samples
 from posterity.selective import Abstention, abstention
 from posterity_studies import data, runs
+from posterity_studies.arguments import Json, Real, RunFolder
 from posterity_studies.recipes import UserError
 from posterity_studies.tasks import load_task
 from posterity_studies.train import EVAL_BATCH
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]
-
 
 @dataclass
 class Predict:
-    """Classify image files: probabilities, and how unsure the model is."""
+    """Classify image files: probabilities, and how unsure the model is.
 
-    run: tyro.conf.Positional[Path]
+    posterity predict runs/fashion-mnist/ivon-seed0 shoe.png --abstain-at 0.01
+    """
+
+    run: RunFolder
     """Folder of a run."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE ...")]
     """PNG or JPEG files; light on dark, as in the data."""
     samples: int = 64
     """Posterior samples; 0 predicts at the mean."""
-    abstain_at: float | None = None
+    abstain_at: Real = None
     """Answer only so surely that, of images like the test set's, at most this share of the answers
     is wrong (with 95 % certainty)."""
     as_json: Json = False

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from posterity import Posterior, predict
 from posterity.perturbation import Perturbation, grouped, perturb
 from posterity_studies import data, runs
+from posterity_studies.arguments import Json, Place, RunFolder, Whole
 from posterity_studies.progress import bar
 from posterity_studies.recipes import UserError
 from posterity_studies.report import write_sensitivity
@@ -28,9 +29,11 @@ class Sensitivity:
     """Find the training images a model is most sensitive to: rare, hard or wrongly labelled ones.
 
     Writes a table, sensitivity.csv, and a gallery, sensitivity.html, into the run's folder.
+
+    posterity sensitivity runs/fashion-mnist/ivon-seed0
     """
 
-    run: tyro.conf.Positional[Path]
+    run: RunFolder
     """Folder of a finished IVON run."""
     variance: Literal["jacobian", "samples"] = "jacobian"
     """How the variance of the outputs is found; samples needs no derivative of the network."""
@@ -38,12 +41,14 @@ class Sensitivity:
     """Posterior samples, for --variance samples."""
     full: bool = True
     """The whole covariance between classes, or (--no-full) its diagonal."""
-    first: int | None = None
+    first: Whole = None
     """Only so many training images, from the first on."""
-    table: Path | None = None
+    table: Place = None
     """Where to write the table: a name in .csv, or in .parquet if pyarrow is installed."""
-    gallery: Path | None = None
+    gallery: Place = None
     """Where to write the gallery."""
+    as_json: Json = False
+    """Print the summary as JSON instead of a table: classes, and mean losses."""
 
     def __call__(self) -> None:
         path = self.table or self.run / "sensitivity.csv"
@@ -105,26 +110,42 @@ class Sensitivity:
             provenance=runs.provenance(result["seed"], task.digest),
             tested=tested,
         )
-        _show(found, probs, targets, known.class_names)
+        told = _summary(found, probs, targets, known.class_names)
+        if self.as_json:
+            print(json.dumps({**told, "table": str(path), "gallery": str(gallery)}))
+            return
+        _show(told)
         print(f"table: {path.resolve()}\ngallery: {gallery.resolve()}")
 
 
-def _show(
+def _summary(
     found: Perturbation, probs: torch.Tensor, targets: torch.Tensor, names: tuple[str, ...]
-) -> None:
-    drawn = Table(title="mean sensitivity of a class", title_justify="left")
-    for heading in ("class", "sensitivity", "± s.e.", "label doubted"):
-        drawn.add_column(heading, justify="left" if heading == "class" else "right")
+) -> dict[str, Any]:
+    """Of each class, the most sensitive first; and mean losses over all images."""
     doubted = grouped((probs.argmax(1) != targets).float(), targets).mean
     rows = zip(*(x.tolist() for x in (*grouped(found.sensitivity, targets), doubted)), strict=True)
-    for c, mean, error, _, doubt in sorted(rows, key=lambda row: -row[1]):
-        drawn.add_row(names[c], f"{mean:.3g}", f"{error:.1g}", f"{doubt:.1%}")
-    Console().print(drawn)
+    classes = [
+        {"class": names[c], "sensitivity": mean, "error": error, "doubted": doubt}
+        for c, mean, error, _, doubt in sorted(rows, key=lambda row: -row[1])
+    ]
     left_out, loss = (
         (each * found.count).sum().item() / found.count.sum().item()
         for each in (found.left_out, found.loss)
     )
-    print(f"training loss {loss:.4f}; leave-one-out estimate of the test loss {left_out:.4f}")
+    return {"classes": classes, "loss": loss, "left_out": left_out}
+
+
+def _show(told: dict[str, Any]) -> None:
+    drawn = Table(title="mean sensitivity of a class", title_justify="left")
+    for heading in ("class", "sensitivity", "± s.e.", "label doubted"):
+        drawn.add_column(heading, justify="left" if heading == "class" else "right")
+    for name, mean, error, doubt in (row.values() for row in told["classes"]):
+        drawn.add_row(name, f"{mean:.3g}", f"{error:.1g}", f"{doubt:.1%}")
+    Console().print(drawn)
+    print(
+        f"training loss {told['loss']:.4f}; leave-one-out estimate of the test loss "
+        f"{told['left_out']:.4f}"
+    )
 
 
 def _csv(path: Path, columns: dict[str, list]) -> None:

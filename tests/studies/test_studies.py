@@ -4,22 +4,25 @@ import io
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 
-from posterity import predict
+from posterity import __version__, predict
 from posterity.selective import abstention
-from posterity_studies import compare, data, recipes, runs, tasks, train, tune
+from posterity_studies import cli, compare, data, recipes, runs, tasks, train, tune
 from posterity_studies.recipes import UserError
 from posterity_studies.train import silent
 
@@ -78,9 +81,87 @@ def test_json_is_all_that_is_printed(call, run, environment, tmp_path, monkeypat
     assert [r["settings"]["optimizer"] for r in three] == ["adamw", "sgd", "ivon"]
     found = told("study", "gap", "--scale", "smoke", "--out", tmp_path / "gap")
     assert found == runs.read_json(tmp_path / "gap" / "result.json")
+    page = Path(told("report", run)["report"])
+    assert page == run / "report.html"
+    assert page.exists()
+    summary = told("sensitivity", run)
+    assert len(summary["classes"]) == 10
+    assert math.isfinite(summary["left_out"])
+    assert all(Path(summary[written]).exists() for written in ("table", "gallery"))
+    alone = ("--method", "average", "--out", tmp_path / "merged.safetensors")
+    merged = told("merge", run, run, *alone)
+    assert merged["settings"]["merged"]["method"] == "average"
+    assert all(Path(merged[written]).exists() for written in ("posterior", "card", "page"))
     (tmp_path / "results").mkdir()
     claims = told("study", "--report")
     assert {c["status"] for c in claims} == {"not yet run"}
+
+
+def test_every_command_prints_json_on_demand():
+    for name, kind in cli.COMMANDS.items():
+        assert any(field.name == "as_json" for field in fields(kind)), name
+
+
+def test_every_option_is_explained_and_every_command_has_an_example(call):
+    for name in cli.COMMANDS:
+        usage, said = call(name, "--help").stdout.split("\n", 1)
+        assert usage.startswith(f"usage: posterity {name} ")
+        assert re.search(f"^posterity {name} .*[a-z]", said, re.M), name
+        for option in re.split(r"\n\W*(?=--[a-z])", said)[1:]:
+            words = re.split(r"\s{2,}|\n", option, maxsplit=1)[1]
+            assert re.match("[A-Za-z0-9]", words), option
+
+
+def test_the_version_and_what_a_shell_completes(call):
+    assert call("--version").stdout == f"posterity {__version__}\n"
+    script = call("--tyro-print-completion", "bash")
+    assert not script.returncode
+    assert all(name in script.stdout for name in cli.COMMANDS)
+
+
+def test_nothing_is_coloured_where_it_is_piped(environment, run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    done = posterity(environment, "evaluate", run, "--samples", 2)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "NLL" in done.stdout
+
+
+def test_every_artefact_names_the_version(run, tmp_path, call):
+    run = shutil.copytree(run, tmp_path / "run")
+    assert call("evaluate", run, "--samples", 2).returncode == 0
+    files = sorted(run.glob("*.safetensors"))
+    assert len(files) == 3
+    for path in files:
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["posterity"] == __version__
+    assert runs.read_json(run / "evaluation-2.json")["posterity"] == __version__
+    assert runs.read_json(run / "result.json")["provenance"]["posterity"] == __version__
+    runs.write_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
+    assert runs.read_checkpoint(tmp_path / "checkpoint.pt")["posterity"] == __version__
+    runs.kept(tmp_path / "kept.json", {}, dict)
+    assert runs.read_json(tmp_path / "kept.json")["posterity"] == __version__
+
+
+@pytest.mark.parametrize("kilobytes", [40, 400, 1600])
+def test_a_full_disk_is_told_and_loses_nothing(environment, tmp_path, kilobytes):
+    """At the limit a checkpoint, the model, or nothing yet can be written whole."""
+    out, limit = tmp_path / "run", (1024 * kilobytes,) * 2
+
+    def small():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    arguments = command("train", "smoke", "--out", out)
+    how = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(arguments, preexec_fn=small, **how)
+    said = one_line(done)
+    assert str(out) in said
+    assert "disk full? Free some space" in said
+    assert not list(out.glob(".*.*"))
+    assert not (out / "result.json").exists()
+    again = subprocess.run(arguments, **how)
+    assert again.returncode == 0, again.stderr
 
 
 def test_run_folder_holds_what_it_should(run):
@@ -170,6 +251,38 @@ def test_a_killed_rank_costs_no_bit(environment, tmp_path):
 def test_other_commands_do_not_run_on_several_processes(run, call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "only train, pretrain and finetune" in one_line(call("evaluate", run))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "then"), [(("study", "gap"), "goes on where it was"), (("report", "x"), "starts")]
+)
+def test_an_interrupt_does_not_promise_too_much(call, monkeypatch, arguments, then):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.studies, "study", interrupted)
+    monkeypatch.setattr(compare, "write_report", interrupted)
+    done = call(*arguments)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1].startswith(
+        "posterity: interrupted; the same command " + then
+    )
+
+
+def test_an_interrupt_at_the_start_is_no_traceback(environment):
+    """While it still imports: SIGINT comes with the first module of the command line."""
+    code = (
+        "import sys, builtins\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'posterity_studies.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from posterity_studies.__main__ import main\n"
+        "main()\n"
+    )
+    how = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    assert (done.returncode, done.stderr) == (130, "\nposterity: interrupted\n")
 
 
 def test_interrupt_says_how_to_go_on(environment, tmp_path):
@@ -477,6 +590,8 @@ def test_tune_says_what_is_best(call, folder, tmp_path, monkeypatch):
     found = runs.read_json(tmp_path / "tune.json")
     for o in ("adamw", "sgd", "ivon"):
         assert f"{o}: {found[o]['best']}" in done.stdout
+    again = call("tune", "smoke", "--trials", "1", "--jobs", "1", "--out", tmp_path, "--json")
+    assert json.loads(again.stdout)["ivon"]["best"] == found["ivon"]["best"]
 
 
 def test_recipe_settings_are_those_that_tune_found():

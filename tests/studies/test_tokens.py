@@ -65,6 +65,8 @@ def test_documents_come_back_in_order_and_some_are_held_out(corpus, tmp_path, ca
     assert read_back(found["held"]) == [texts[2], texts[5]]
     assert read_back(found["train"]) == [t for k, t in enumerate(texts) if k not in (2, 5)]
     assert f"{len(found['train'])} tokens to train on" in done.stdout
+    told = call("tokens", corpus, "--out", tmp_path / "out", "--json").stdout
+    assert json.loads(told) == runs.read_json(tmp_path / "out/tokens.json")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *("train.bin", "held.bin", "tokens.json")
     }
@@ -145,6 +147,8 @@ def test_the_papers_recipe_takes_its_first_steps(optimizer, corpus, tmp_path, ca
     assert result["settings"]["lr"] == {"adamw": 6e-4, "ivon": 300.0}[optimizer]
     assert result["curve"]["held"][-1] < 11.5  # ln 50257 = 10.8
     assert f"{result['curve']['held'][-1]:.4f} nats a token" in done.stdout
+    again = call("pretrain", "gpt2", "--optimizer", optimizer, "--steps", 3, *arguments, "--json")
+    assert json.loads(again.stdout) == result
 
 
 def test_published_settings():

@@ -1,0 +1,78 @@
+"""From a command line to a command; what is wrong with it is told in a line."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from posterity_studies.recipes import UserError, unknown
+
+Name = tyro.conf.Positional[str]
+RecipeName = Annotated[Name, tyro.conf.arg(metavar="RECIPE")]
+RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+Whole = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+SAID = {
+    r"^Missing from posterity \S+ (\S+(?: [A-Z]+)?) ": r"needs \1: ",
+    r"^Error parsing (\S+): no type matching {None}\|(\w+) .*\[(.*)\]$": r"\1 takes \2, not \3",
+    r"^Error parsing ": "",
+    r"^Unrecognized options: (.*)": r"what is \1?",
+}
+RULE = re.compile(r"[─╭╮╰╯]{3,}|-{10,}")  # where a terminal knows no lines, of dashes
+
+
+def parsed(commands: Mapping[str, type], prog: str, description: str) -> Callable[[], None]:
+    """The command that ``sys.argv`` asks for.
+
+    Raises:
+        UserError: it asks for none, or wrongly.
+        SystemExit: it asked for help, or for what a shell completes, which is printed.
+    """
+    _known(commands, sys.argv[1:])
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            return tyro.extras.subcommand_cli_from_dict(
+                dict(commands), prog=prog, description=description
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_line(told.getvalue())}; see posterity {sys.argv[1]} --help") from None
+
+
+def _known(commands: Mapping[str, type], given: Sequence[str]) -> None:
+    """Name what is not known first: a parser would miss what the misspelt option leaves out."""
+    command, *rest = given or [""]
+    if command in ("-h", "--help") or command.startswith("--tyro"):
+        return
+    if not command or command.startswith("-"):
+        raise UserError(f"needs a command: {', '.join(commands)}; posterity --help explains them")
+    if command not in commands:
+        raise UserError(unknown("command", command, commands))
+    options = {f.name.removeprefix("as_").replace("_", "-") for f in fields(commands[command])}
+    options |= {f"no-{option}" for option in options} | {"help"}
+    for each in rest:
+        option = each.partition("=")[0].removeprefix("--").replace("_", "-")
+        if re.match("--[a-z]", each) and option not in options and "tyro" not in option:
+            shown = {f"--{o}": None for o in sorted(options) if not o.startswith("no-")}
+            raise UserError(unknown(f"option of {command}", f"--{option}", shown))
+
+
+def _line(box: str) -> str:
+    """What a box says under its title, without the parser's reasons and the help text."""
+    _, *parts = RULE.split(re.sub(r"[│\n ]+", " ", box))
+    said = re.split(r"Got errors:|\(required\)", (parts or [box])[0])[0].strip(" .")
+    for told, better in SAID.items():
+        said = re.sub(told, better, said)
+    return said
