@@ -1,9 +1,10 @@
-"""What the reports' tests are of: a made-up comparison."""
+"""What the reports' tests are of: a made-up comparison, a made-up sensitivity."""
 
 from dataclasses import replace
 
 import torch
 
+from posterity.perturbation import Perturbation
 from posterity_studies.report import Entry
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
@@ -41,6 +42,19 @@ def comparison(n=400, m=300, seed=0):
         "provenance": {"git": "0123abc", "seed": "0"},
         "ood_name": "MNIST",
         "data_name": "Fashion-MNIST",
+    }
+
+
+def sensitivity(n=400, seed=1):
+    """Of the comparison's last row, as if its images had been trained on."""
+    content = comparison(n)
+    values = torch.rand(3, n, generator=torch.Generator().manual_seed(seed))
+    shown = {k: content[k] for k in ("targets", "class_names", "images", "provenance")}
+    return shown | {
+        "title": "The images that IVON hangs on",
+        "found": Perturbation(*values, torch.ones(n, dtype=torch.long)),
+        "probs": content["entries"][-1].probs,
+        "tested": (values[2], content["targets"]),
     }
 
 

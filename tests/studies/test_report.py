@@ -18,10 +18,15 @@ pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
 from posterity import Posterior  # noqa: E402
-from posterity_studies.report import figures, panels, write_comparison  # noqa: E402
+from posterity_studies.report import (  # noqa: E402
+    figures,
+    panels,
+    write_comparison,
+    write_sensitivity,
+)
 from posterity_studies.report.layers import layers  # noqa: E402
 from posterity_studies.report.table import verdict  # noqa: E402
-from reports import CLASSES, LABELS, change, comparison  # noqa: E402
+from reports import CLASSES, LABELS, change, comparison, sensitivity  # noqa: E402
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -318,6 +323,16 @@ def test_same_content_same_bytes(content, text, tmp_path):
 def test_full_size_stays_small(tmp_path):
     path = write_comparison(tmp_path / "r.html", **comparison(n=10_000, m=10_000))
     assert path.stat().st_size < 2_000_000
+
+
+@pytest.mark.parametrize("side", [32, 64, 224])
+def test_colour_images_stay_small(tmp_path, side):
+    """Of noise, which nothing makes smaller."""
+    noise = torch.randint(256, (1, side, side, 3), dtype=torch.uint8).expand(10_000, -1, -1, -1)
+    content = sensitivity(n=10_000) | {"images": noise}
+    path = write_sensitivity(tmp_path / "r.html", **content)
+    assert path.read_text().count("data:image/") == 240 + 24
+    assert path.stat().st_size < 5_000_000
 
 
 def test_large_pictures_are_kept_as_small_as_they_are_shown(content, tmp_path):

@@ -22,6 +22,7 @@ from PIL import Image
 INK, MUTED, RULE = "#0b0001", "#0b0002", "#0b0003"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)"}
 SHOWN = 84  # pixels of an image's longer side
+EXACT = 64  # and up to which a PNG of it stays small, even of noise
 TICKS = np.linspace(0, 1, 6)
 DASHES = ("", "6 3", "2 2", "8 2 2 2", "4 4", "1 3")  # one per series: colour is not the only cue
 STYLE = {
@@ -182,12 +183,16 @@ def wilson(rate: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.nda
     return middle - half, middle + half
 
 
-def png(image: np.ndarray) -> str:
-    """A uint8 image, (h, w) or (h, w, 3), as a PNG data URI, no larger than it is shown."""
-    buffer, picture = io.BytesIO(), Image.fromarray(image)
-    picture.thumbnail((SHOWN, SHOWN))
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def picture(image: np.ndarray) -> str:
+    """A uint8 image, (h, w) or (h, w, 3), as a data URI: a small one exactly, else as a JPEG.
+
+    No larger than it is shown.
+    """
+    buffer, drawn = io.BytesIO(), Image.fromarray(image)
+    drawn.thumbnail((SHOWN, SHOWN))
+    kind = "png" if max(drawn.size) <= EXACT else "jpeg"
+    drawn.save(buffer, format=kind, optimize=True, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def cards(
                 "truth": class_names[target],
                 "answer": "right" if ranked[0] == target else "wrong",
                 "scores": {key: float(values[i]) for key, values in scores.items()},
-                "image": figures.png(images[i].numpy()),
+                "image": figures.picture(images[i].numpy()),
                 "bars": [(class_names[k], float(probs[i, k]), k == target) for k in shown],
             }
         )

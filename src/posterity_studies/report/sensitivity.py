@@ -58,7 +58,7 @@ def write_sensitivity(
     values = {"sensitivity": scores, "loss": found.loss}
     words = {
         "what": "Training image",
-        "score_word": "moves by",
+        "score_word": "moves",
         "form": "%.3g",
         "truth_word": "label",
         "class_word": "Label",
