@@ -44,7 +44,7 @@ class IVON(Optimizer):
     r"""Improved variational online Newton: AdamW's cost, and a Gaussian posterior over the weights.
 
     Minimises λ·E_q[ℓ̄(θ)] + KL(q ‖ p) over q = N(m, diag σ²), σ² = 1/(λ(h+δ)), with the prior
-    p = N(0, 1/(λδ)): Algorithm 1 of the source, lines (1) to (7).
+    p = N(0, 1/(λδ)): Algorithm 1 of the source, lines (1) to (7), which docs/maths.md explains.
 
     Gradients are taken at a posterior sample. There are three ways, over one mechanism:
 

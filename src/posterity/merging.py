@@ -1,4 +1,4 @@
-"""Several posteriors of one network become one, without training (section 4 "Merging").
+"""Several posteriors of one network become one, without training (docs/maths.md).
 
 A rule says what becomes of one tensor; :func:`merge` applies it name by name, :func:`merge_files`
 does so with one tensor of each model in memory. Both are one code path, and give the same bits.

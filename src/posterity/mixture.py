@@ -18,7 +18,7 @@ from .storage import loaded, save
 
 
 class Mixture:
-    r"""A mixture of posteriors of one model: Multi-IVON, deep ensembles (section 4).
+    r"""A mixture of posteriors of one model: Multi-IVON, deep ensembles.
 
     Args:
         components: posteriors of the same names and shapes, each with its own buffers.

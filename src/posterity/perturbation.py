@@ -1,8 +1,8 @@
 r"""Memory perturbation: what a model would say of an example it had not been trained on.
 
 Training balances the prior's pull with every example's gradient, so leaving out example i moves the
-mean by Σ·(λ/N)·∇ℓ_i to first order, with Σ the posterior's covariance (section 4). The outputs then
-move by (λ/N)·V_i e_i, with the prediction's error e_i = ∂ℓ_i/∂f_i and its covariance
+mean by Σ·(λ/N)·∇ℓ_i to first order, with Σ the posterior's covariance (docs/maths.md). The outputs
+then move by (λ/N)·V_i e_i, with the prediction's error e_i = ∂ℓ_i/∂f_i and its covariance
 V_i = J_i Σ J_iᵀ, J_i = ∂f_i/∂θ. No retraining, and no test set.
 
 Source: Nickl et al. 2023, arXiv 2310.19273; Shen et al. 2024, arXiv 2402.17641.

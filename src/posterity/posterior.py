@@ -52,7 +52,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 class Posterior:
-    r"""A Gaussian over a model's weights, q(θ) = N(m, diag(σ²)) with σ = 1/√precision (section 1).
+    r"""A Gaussian over a model's weights, q(θ) = N(m, diag(σ²)) with σ = 1/√precision (7).
 
     Args:
         mean: m, name → tensor. Names lose their wrapper prefixes (:func:`clean_name`).
@@ -303,7 +303,7 @@ class Posterior:
     def temper(self, t: float) -> Posterior:
         """The posterior at ``t`` times the temperature: λ, precision and prior precision over t.
 
-        Temperature is τ = N/λ (section 1). At fixed δ the prior λδ is tempered with the
+        Temperature is τ = N/λ (docs/maths.md). At fixed δ the prior λδ is tempered with the
         likelihood. σ grows by √t: t < 1 sharpens the posterior, the mean stays.
         """
         if not 0 < t < math.inf:

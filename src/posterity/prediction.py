@@ -1,4 +1,4 @@
-"""Bayesian model averaging: predictions averaged over samples of the posterior (section 4)."""
+"""Bayesian model averaging: predictions averaged over samples of the posterior (docs/maths.md)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Every fast implementation is tested against these few lines. All functions take lists of tensors,
 one entry per parameter, and a group's settings as keywords; they write in place. Symbols: mean m,
 Hessian h (without the prior), momentum g, effective sample size λ = ``ess``, prior precision over
-λ δ = ``weight_decay``, a sample θ = m + σε. Numbers in brackets are the paper's lines (1)–(7).
+λ δ = ``weight_decay``, a sample θ = m + σε. Numbers in brackets are the paper's lines (1)–(7),
+which docs/maths.md explains.
 """
 
 from __future__ import annotations
