@@ -1,4 +1,4 @@
-"""The code of every page runs, from top to bottom, in a fresh process."""
+"""The code of every page runs, from top to bottom, in a fresh process, and prints what it shows."""
 
 import os
 import re
@@ -13,13 +13,38 @@ PAGES = sorted(p for p in DOCS.rglob("*.md") if "```python" in p.read_text())
 NEEDS = {"transformers": "transformers", "accelerate": "accelerate", "peft": "peft"}
 NEEDS |= {"lightning": "lightning", "diagnostics": "tensorboard"}
 
+# A fence without a language that follows code at once is what this code prints, all of it.
+CODE = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```\n(.*?)^```$)?", re.M | re.S)
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w|\.\w)")
+END = "\x1e"  # of a block's output
+
+
+def near(shown: str, printed: str) -> bool:
+    """Within 2 %, or two units of the last digit that is shown: machines round differently."""
+    a, b = (float(number.replace(",", "")) for number in (shown, printed))
+    digits, _, exponent = shown.partition("e")
+    unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+    return abs(a - b) <= max(0.02 * abs(a), 2 * unit) * (1 + 1e-9)
+
+
+def alike(shown: str, printed: str) -> bool:
+    """The same words, with numbers that are near; spaces are as wide as columns need."""
+    words = [" ".join(NUMBER.sub("#", text).split()) for text in (shown, printed)]
+    numbers = [NUMBER.findall(text) for text in (shown, printed)]
+    return words[0] == words[1] and all(map(near, *numbers))
+
+
+def blocks(page: Path) -> list[tuple[str, str | None]]:
+    """Code, and what is shown below it; None where nothing is."""
+    return [(found[1], found[2]) for found in CODE.finditer(page.read_text())]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(DOCS)))
 def test_page(page, tmp_path):
     if page.stem in NEEDS:
         pytest.importorskip(NEEDS[page.stem])
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
+    code = "".join(f"{block}\nprint({END!r}, flush=True)\n" for block, _ in blocks(page))
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -30,6 +55,41 @@ def test_page(page, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    *printed, _ = done.stdout.split(f"{END}\n")
+    for (_, shown), found in zip(blocks(page), printed, strict=True):
+        assert shown is None or alike(shown, found), f"it shows\n{shown}but prints\n{found}"
+
+
+def test_every_fence_is_code_or_what_it_prints():
+    """Else :func:`test_page` would compare nothing, and no one would know."""
+    shown = {page: [out for _, out in blocks(page) if out is not None] for page in PAGES}
+    assert all(shown[DOCS / page] for page in ("start.md", "diagnostics.md"))
+    for page in PAGES:
+        fences = re.findall(r"^```", page.read_text(), re.M)
+        assert len(fences) == 2 * len(blocks(page) + shown[page]), page.name
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("NLL 0.134  ECE 0.006", "NLL 0.136 ECE 0.008", True),  # two units
+        ("NLL 0.134", "NLL 0.137", False),
+        ("KL 1.322e+04 nats", "KL 1.345e+04 nats", True),  # 2 %
+        ("KL 1.322e+04 nats", "KL 1.355e+04 nats", False),
+        ("1,500 steps", "1,520 steps", True),
+        ("1,500 steps", "1,560 steps", False),
+        ("-0.884", "0.884", False),
+        ("100%", "97%", False),
+        ("0.weight  640", "0.weight 640", True),
+        ("0.weight 640", "2.weight 640", False),  # a name and no number
+        ("h has moved", "h has not moved", False),
+        ("0.5", "0.5 0.5", False),
+        ("0.5", "nan", False),
+        ("line\n", "", False),
+    ],
+)
+def test_what_is_alike(shown, printed, same):
+    assert alike(shown, printed) is same
 
 
 def test_every_test_that_is_named_exists():
