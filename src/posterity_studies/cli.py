@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -491,6 +492,12 @@ COMMANDS = {
     "merge": Merge,
     "study": Study,
 }
+ADVICE = {
+    errno.ENOSPC: "free some and run the same command again",
+    errno.EDQUOT: "free some and run the same command again",
+    errno.EACCES: "choose another --out, or let this user read and write there",
+    errno.EROFS: "choose another --out",
+}
 RESUMED = (Train, Compare, Tune, Tokens, Pretrain, Finetune, Study)
 
 
@@ -515,5 +522,14 @@ def main() -> None:
         print(f"\nposterity: interrupted; the same command {then}", file=sys.stderr)
         sys.exit(130)
     except (UserError, data.DataError, ValueError, OSError) as error:
-        print(f"posterity: error: {error}", file=sys.stderr)
+        print(f"posterity: error: {_told(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _told(error: Exception) -> str:
+    """What is wrong, and what to do where the system's words leave that out."""
+    advice = ADVICE.get(getattr(error, "errno", None) or 0)
+    if not isinstance(error, OSError) or advice is None:
+        return str(error)
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{(error.strerror or '').lower()}: {advice}"

@@ -27,7 +27,7 @@ from posterity_studies.train import EVAL_BATCH
 class Predict:
     """Classify image files: probabilities, and how unsure the model is.
 
-    posterity predict runs/fashion-mnist/ivon-seed0 shoe.png --abstain-at 0.01
+    posterity predict runs/fashion-mnist/ivon-seed0 your-picture.png --abstain-at 0.01
     """
 
     run: RunFolder

@@ -1,5 +1,6 @@
 """The command line on small data in the real format: whole processes, kills, wrong input."""
 
+import errno
 import io
 import json
 import math
@@ -160,6 +161,22 @@ def test_a_full_disk_is_told_and_loses_nothing(environment, tmp_path):
     assert not (out / "result.json").exists()
     again = subprocess.run(arguments, **how)
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "path", "said"),
+    [
+        (errno.ENOSPC, None, "no space left on device: free some and run the same command again"),
+        (errno.EROFS, "x", "x: read-only file system: choose another --out"),
+        (errno.EACCES, "x", "x: permission denied: choose another --out, or let this user read"),
+    ],
+)
+def test_what_the_system_refuses_says_what_to_do(call, monkeypatch, code, path, said):
+    def refused(*_, **__):
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(runs, "write_json", refused)
+    assert one_line(call("train", "smoke", "--out", "new")).startswith(f"posterity: error: {said}")
 
 
 def test_tensors_that_find_a_full_disk_leave_the_old_ones(tmp_path, monkeypatch):

@@ -320,7 +320,7 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const Nor
   if (regenerate) means = to;
   for (int i = 0; i < CHUNK; i += WIDTH) {  // again in two loops, for shorter chains
     const F m = get(means + i);
-    const F step = (get(momentum + i) * debias + s.delta * m) / bounded(get(hess + i), s);  // (5)
+    const F step = (get(momentum + i) * debias + s.delta * m) / bounded(get(hess + i), s);  // (5), (6)
     put(m - s.lr * at_most(at_least(step, -s.clip), s.clip), to + i);  // (6)
   }
   store(momentum, row.momentum, span, false);

@@ -271,7 +271,7 @@ def _passes(
                     scale = ess * u if PRICE else _float(header, 13)
                     r = rho * (product * _float(header, 12) * scale - before)  # with ĥ of (2)
                     h = _at_least(before + (r + r * r * (0.5 / u)), least)  # (4)
-                    step = (v * debias + delta * m) / _at_least(h + delta, floor)  # (5)
+                    step = (v * debias + delta * m) / _at_least(h + delta, floor)  # (5), (6)
                     step = _at_least(step, -clip)
                     m -= lr * tl.where(step > clip, clip, step)  # (6)
                     tl.store(momentum, v, inside)
