@@ -193,7 +193,7 @@ def test_defaults_of_an_unknown_task_name_the_known_ones():
         IVON.defaults_for("speech", 100, 10)
 
 
-# -- what breaks in the reference package -----------------------------------------------------------
+# -- what breaks in the reference package ----------------------------------------------------------
 
 
 def test_step_counter_is_in_the_state_dict():

@@ -1,16 +1,30 @@
-"""Each wrong input on docs/errors.md prints what the page says, in a line, and changes nothing."""
+"""Each wrong input on docs/errors.md prints what the page says, in a line, and changes nothing.
+
+And each command that a page or the help shows is one that the command line takes.
+"""
 
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from posterity import Posterior
-from posterity_studies import recipes, train
+from posterity_studies import arguments, cli, recipes, train
 
-PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "errors.md"
+SHOWN = {
+    line
+    for pattern in ("*.md", "docs/**/*.md", "results/*.md", "src/posterity_studies/*.py")
+    for path in ROOT.glob(pattern)
+    for line in re.findall(
+        r"^    (?:\.venv/bin/)?posterity ((?:.*\\\n)*.*)$", path.read_text(), re.M
+    )
+}
 CASES = re.findall(r"^    \$ posterity (.*)\n    posterity: error: (.*)$", PAGE.read_text(), re.M)
 
 
@@ -51,3 +65,15 @@ def test_a_wrong_input_says_what_to_do_and_loses_nothing(line, said, place, call
     assert done.returncode == 2
     assert done.stdout == ""
     assert listing(place) == before
+
+
+def test_pages_and_help_show_commands():
+    assert {line.split()[0] for line in SHOWN} == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("line", sorted(SHOWN))
+def test_what_is_shown_is_a_command(line, monkeypatch):
+    given = shlex.split(line.replace("\\\n", " "), comments=True)
+    monkeypatch.setattr(sys, "argv", ["posterity", *given])
+    command = arguments.parsed(cli.COMMANDS, "posterity", "")
+    assert isinstance(command, cli.COMMANDS[given[0]])
