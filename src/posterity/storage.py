@@ -39,8 +39,9 @@ def save(
 
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    told = {"format": form, "version": str(VERSION), "posterity": __version__}
-    told |= {name: json.dumps(value) for name, value in facts.items()}
+    told = {"format": form, "version": str(VERSION)}
+    made = {"posterity": __version__, **facts}
+    told |= {name: json.dumps(value) for name, value in made.items()}
     header, places = _header(tensors, told)
     try:
         with temporary.open("xb") as file:

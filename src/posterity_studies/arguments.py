@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -22,13 +23,18 @@ Json = Annotated[bool, tyro.conf.arg(name="json")]
 Whole = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+RULE = re.compile(r"[─╭╮╰╯]{3,}|-{10,}")  # where a terminal knows no lines, of dashes
 SAID = {
-    r"^Missing from posterity \S+ (\S+(?: [A-Z]+)?) ": r"needs \1: ",
-    r"^Error parsing (\S+): no type matching {None}\|(\w+) .*\[(.*)\]$": r"\1 takes \2, not \3",
+    r"^Missing from posterity \S+ (\S+(?: [A-Z]{2,})?) ": r"needs \1: ",
+    r"^Missing value for argument '(.*?)'.*": r"\1 needs a value",
+    r"^Error parsing (\S+): no type matching {None}\|(\w+) .*?\[(.*)\]$": r"\1 takes \2, not \3",
+    r"^Error parsing (\S+): invalid literal for int\(\) .*?: (.*)": r"\1 takes INT, not \2",
+    r"^Error parsing (\S+): could not convert string to float: (.*)": r"\1 takes FLOAT, not \2",
+    r"^Error parsing (\S+): Could not find valid parse.*?\[(.*?)\].*": r"\1 cannot take \2",
     r"^Error parsing ": "",
     r"^Unrecognized options: (.*)": r"what is \1?",
 }
-RULE = re.compile(r"[─╭╮╰╯]{3,}|-{10,}")  # where a terminal knows no lines, of dashes
 
 
 def parsed(commands: Mapping[str, type], prog: str, description: str) -> Callable[[], None]:
@@ -41,7 +47,7 @@ def parsed(commands: Mapping[str, type], prog: str, description: str) -> Callabl
     _known(commands, sys.argv[1:])
     told = io.StringIO()
     try:
-        with redirect_stderr(told):
+        with redirect_stderr(told), _unwrapped():
             return tyro.extras.subcommand_cli_from_dict(
                 dict(commands), prog=prog, description=description
             )
@@ -49,6 +55,19 @@ def parsed(commands: Mapping[str, type], prog: str, description: str) -> Callabl
         if not stop.code:
             raise
         raise UserError(f"{_line(told.getvalue())}; see posterity {sys.argv[1]} --help") from None
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Let no line of a message end before it is over; help is as wide as the terminal."""
+    before = dict(os.environ)
+    if not {"-h", "--help"} & {*sys.argv}:
+        os.environ["COLUMNS"] = "9999"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _known(commands: Mapping[str, type], given: Sequence[str]) -> None:
@@ -61,17 +80,24 @@ def _known(commands: Mapping[str, type], given: Sequence[str]) -> None:
     if command not in commands:
         raise UserError(unknown("command", command, commands))
     options = {f.name.removeprefix("as_").replace("_", "-") for f in fields(commands[command])}
+    shown, seen = [f"--{option}" for option in sorted(options)], set[str]()
     options |= {f"no-{option}" for option in options} | {"help"}
     for each in rest:
         option = each.partition("=")[0].removeprefix("--").replace("_", "-")
-        if re.match("--[a-z]", each) and option not in options and "tyro" not in option:
-            shown = {f"--{o}": None for o in sorted(options) if not o.startswith("no-")}
+        if each == "--":
+            raise UserError("leave out the --: options stand anywhere after the command")
+        if not re.match("--[a-z]", each) or option.startswith("tyro"):
+            continue
+        if option not in options:
             raise UserError(unknown(f"option of {command}", f"--{option}", shown))
+        if option in seen:
+            raise UserError(f"--{option} stands there twice: put all its values behind one")
+        seen.add(option)
 
 
 def _line(box: str) -> str:
     """What a box says under its title, without the parser's reasons and the help text."""
-    _, *parts = RULE.split(re.sub(r"[│\n ]+", " ", box))
+    _, *parts = RULE.split(re.sub(r"[│\n ]+", " ", COLOUR.sub("", box)))
     said = re.split(r"Got errors:|\(required\)", (parts or [box])[0])[0].strip(" .")
     for told, better in SAID.items():
         said = re.sub(told, better, said)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -78,7 +78,7 @@ class Train:
             result = train.train(chosen, self.optimizer, self.seed, out, bar)
             first = ranks.first()
         if first and self.as_json:
-            print(json.dumps(result))
+            print(runs.as_json(result))
         elif first and not self.quiet:
             compare.show([result])
             for verdict in result.get("diagnostics", ()):  # runs of earlier versions have none
@@ -122,7 +122,7 @@ class Compare:
         folders = [compare.run_folder(out, o, self.seeds[0]) for o in chosen.optimizers]
         report = compare.write_report(folders, out / "report.html")
         if self.as_json:
-            print(json.dumps(found))
+            print(runs.as_json(found))
             return
         compare.show(found)
         print(f"report: {report.resolve()}")
@@ -149,7 +149,7 @@ class Report:
             raise UserError("report needs the folder of a finished run, or of several")
         path = self.out or self.run[0] / "report.html"
         written = compare.write_report(self.run, path).resolve()
-        print(json.dumps({"report": str(written)}) if self.as_json else f"report: {written}")
+        print(runs.as_json({"report": str(written)}) if self.as_json else f"report: {written}")
 
 
 @dataclass
@@ -176,7 +176,7 @@ class Evaluate:
         kept |= {k: v for k, v in found.items() if isinstance(v, float)}
         runs.write_json(self.run / f"evaluation-{samples}.json", kept)
         if self.as_json:
-            print(json.dumps(kept))
+            print(runs.as_json(kept))
             return
         drawn = Table(
             title=f"{self.run}: " + (f"{samples} samples" if posterior else "at the mean"),
@@ -228,7 +228,7 @@ class Tune:
         runs.write_json(path, found)
         tune.draw(path.with_suffix(".png"), found)
         if self.as_json:
-            print(json.dumps(found))
+            print(runs.as_json(found))
             return
         print(f"table and picture: {path}, {path.with_suffix('.png')}")
         for optimizer in (o for o in chosen.search if o in found):
@@ -254,7 +254,7 @@ class Tokens:
     def __call__(self) -> None:
         facts = tokens.prepare(self.corpus, self.out, bar)
         if self.as_json:
-            print(json.dumps(facts))
+            print(runs.as_json(facts))
             return
         print(f"{self.out}: {facts['train']:,} tokens to train on, {facts['held']:,} held out")
 
@@ -308,7 +308,7 @@ class Pretrain:
             )
             first = ranks.first()
         if first and self.as_json:
-            print(json.dumps(found))
+            print(runs.as_json(found))
         elif first:
             loss, seconds = found["curve"]["held"][-1], found["seconds_per_step"]
             print(f"held-out loss {loss:.4f} nats a token, {seconds:.3g} s a step")
@@ -368,7 +368,7 @@ class Finetune:
         if not first:
             return
         if self.as_json:
-            print(json.dumps(found))
+            print(runs.as_json(found))
             return
         drawn = Table("on the test", *finetune.MEASURES, title_justify="left")
         for way, score in found["test"].items():
@@ -410,6 +410,9 @@ class Study:
         if self.report:
             self._report(self.results or Path("results"))
             return
+        if self.as_json and (self.list or not self.name):
+            print(runs.as_json(studies.STUDIES))
+            return
         if self.list or not self.name:
             drawn = Table("study", "question", title_justify="left")
             for name, question in studies.STUDIES.items():
@@ -422,7 +425,7 @@ class Study:
         if self.results:
             self._keep(found, out, self.results)
         if self.as_json:
-            print(json.dumps(found))
+            print(runs.as_json(found))
             return
         drawn = Table(title=f"{self.name}, {self.scale}: {out}", title_justify="left")
         for heading in dict.fromkeys(key for row in found["rows"] for key in row):
@@ -467,7 +470,7 @@ class Study:
             told = [{k: getattr(j.claim, k) for k in shown} for j in found]
             for row, j in zip(told, found, strict=True):
                 row |= {"scale": j.scale, "status": j.status, "ours": j.ours}
-            print(json.dumps(told))
+            print(runs.as_json(told))
             return
         Console().print(drawn)
         print(f"report: {out.resolve()}")
@@ -492,12 +495,9 @@ COMMANDS = {
     "merge": Merge,
     "study": Study,
 }
-ADVICE = {
-    errno.ENOSPC: "free some and run the same command again",
-    errno.EDQUOT: "free some and run the same command again",
-    errno.EACCES: "choose another --out, or let this user read and write there",
-    errno.EROFS: "choose another --out",
-}
+FREE = "free some and run the same command again"
+ADVICE = {errno.ENOSPC: FREE, errno.EDQUOT: FREE}
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EROFS), "choose a place that may be written to")
 RESUMED = (Train, Compare, Tune, Tokens, Pretrain, Finetune, Study)
 
 
@@ -512,17 +512,22 @@ def main() -> None:
             COMMANDS,
             prog="posterity",
             description="Variational learning of deep networks, tried on real data. "
-            "posterity --tyro-print-completion bash (or zsh, tcsh) writes what a shell completes.",
+            "--version tells this one; --tyro-print-completion bash (or zsh, tcsh) writes what a "
+            "shell completes.",
         )
         if ranks.several() and not isinstance(command, (Train, Pretrain, Finetune)):
             raise UserError("only train, pretrain and finetune run on several processes")
         command()
     except KeyboardInterrupt:
-        then = "goes on where it was" if isinstance(command, RESUMED) else "starts again"
+        resumed = isinstance(command, RESUMED)
+        then = "goes on from the last checkpoint" if resumed else "starts again"
         print(f"\nposterity: interrupted; the same command {then}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who reads has enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, data.DataError, ValueError, OSError) as error:
-        print(f"posterity: error: {_told(error)}", file=sys.stderr)
+        print("posterity: error:", *_told(error).split(), file=sys.stderr)
         sys.exit(2)
 
 

@@ -77,7 +77,7 @@ class Merge:
             _page(look, self.out.name, merged, paths, facts)
         if self.as_json:
             written = {"posterior": str(self.out), "card": str(card), "page": str(page)}
-            print(json.dumps(written | facts))
+            print(runs.as_json(written | facts))
             return
         print(f"merged posterior: {self.out}\nmodel card: {card}\npage: {page}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +62,7 @@ class Predict:
                 best = max(classes, key=classes.__getitem__)
                 told[-1]["answer"] = best if classes[best] > rule.threshold else None
         if self.as_json:
-            print(json.dumps(told))
+            print(runs.as_json(told))
             return
         drawn = Table(title_justify="left")
         for heading in ("image", "most probable classes", "entropy", "mutual information"):

@@ -34,7 +34,8 @@ class UserError(Exception):
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """That there is nothing of this name, and which name may be meant."""
     known = list(known)
-    near = get_close_matches(name, known, 1)
+    begun = [each for each in known if each.startswith(name)]
+    near = begun if len(begun) == 1 else get_close_matches(name, known, 1)
     told = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     return f"no {what} {name!r}; {told}"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,8 @@ from posterity_studies import baselines, data, ranks
 from posterity_studies.models import NETWORKS
 from posterity_studies.recipes import Recipe, UserError, recipe
 
+TEMPORARY = ".tmp"  # ends the hidden names of files that are not whole yet
+
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
@@ -45,7 +49,11 @@ def made(folder: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` when the block ends well, and vanishes when not."""
     with made(path.parent):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         os.close(handle)
         temporary = Path(name)
         try:
@@ -65,9 +73,11 @@ def _serialised(path: Path) -> Iterator[Path]:
         try:
             yield temporary
         except (RuntimeError, SafetensorError) as error:
+            if not re.search("writ|space|I/O|inline_container", str(error)):
+                raise
             raise OSError(
                 f"{path} cannot be written: is the disk full? Free some space and run the same "
-                f"command again ({str(error).splitlines()[0]})"
+                f"command again ({error})"
             ) from error
 
 
@@ -90,7 +100,7 @@ def occupied(folder: Path) -> Iterator[None]:
                 raise UserError(f"another process is at work in {folder}") from None
             except OSError:  # a file system without locks
                 pass
-            for left in folder.glob(".*.*"):
+            for left in folder.glob(f".*{TEMPORARY}"):
                 left.unlink()
             yield
         finally:
@@ -101,6 +111,19 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def as_json(content: Any) -> str:
+    """JSON in one line; what is not finite, which JSON has no word for, is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(content))
 
 
 def read(path: Path, load: Callable[[Path], Any]) -> Any:

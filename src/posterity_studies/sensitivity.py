@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,7 +111,7 @@ class Sensitivity:
         )
         told = _summary(found, probs, targets, known.class_names)
         if self.as_json:
-            print(json.dumps({**told, "table": str(path), "gallery": str(gallery)}))
+            print(runs.as_json({**told, "table": str(path), "gallery": str(gallery)}))
             return
         _show(told)
         print(f"table: {path.resolve()}\ngallery: {gallery.resolve()}")

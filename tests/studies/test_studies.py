@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from posterity import __version__, predict
 from posterity.selective import abstention
-from posterity_studies import cli, compare, data, recipes, runs, tasks, train, tune
+from posterity_studies import cli, compare, data, recipes, runs, studies, tasks, train, tune
 from posterity_studies.recipes import UserError
 from posterity_studies.train import silent
 
@@ -65,10 +65,13 @@ def test_json_is_all_that_is_printed(call, run, environment, tmp_path, monkeypat
     def told(*arguments):
         done = call(*arguments, "--json")
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(done.stdout, parse_constant=pytest.fail)
+
+    def written(path):  # what is not finite is null
+        return json.loads(runs.as_json(runs.read_json(path)))
 
     one = told("train", *smoke)
-    assert one == runs.read_json(tmp_path / "new" / "result.json")
+    assert one == written(tmp_path / "new" / "result.json")
     assert told("train", *smoke) == one  # finished
     (measures, again) = (told("evaluate", run, "--samples", n) for n in (4, 4))
     assert measures == again == runs.read_json(run / "evaluation-4.json")
@@ -81,10 +84,12 @@ def test_json_is_all_that_is_printed(call, run, environment, tmp_path, monkeypat
     three = json.loads(done.stdout)
     assert [r["settings"]["optimizer"] for r in three] == ["adamw", "sgd", "ivon"]
     found = told("study", "gap", "--scale", "smoke", "--out", tmp_path / "gap")
-    assert found == runs.read_json(tmp_path / "gap" / "result.json")
+    assert found == written(tmp_path / "gap" / "result.json")
     page = Path(told("report", run)["report"])
     assert page == run / "report.html"
     assert page.exists()
+    few = told("sensitivity", run, "--first", 11)  # of some classes one image: no error
+    assert None in [row["error"] for row in few["classes"]]
     summary = told("sensitivity", run)
     assert len(summary["classes"]) == 10
     assert math.isfinite(summary["left_out"])
@@ -94,6 +99,7 @@ def test_json_is_all_that_is_printed(call, run, environment, tmp_path, monkeypat
     assert merged["settings"]["merged"]["method"] == "average"
     assert all(Path(merged[written]).exists() for written in ("posterior", "card", "page"))
     (tmp_path / "results").mkdir()
+    assert told("study", "--list").keys() == studies.STUDIES.keys()
     claims = told("study", "--report")
     assert {c["status"] for c in claims} == {"not yet run"}
 
@@ -135,7 +141,7 @@ def test_every_artefact_names_the_version(run, tmp_path, call):
     assert len(files) == 3
     for path in files:
         with safe_open(path, "pt") as file:
-            assert file.metadata()["posterity"] == __version__
+            assert file.metadata()["posterity"].strip('"') == __version__
     assert runs.read_json(run / "evaluation-2.json")["posterity"] == __version__
     assert runs.read_json(run / "result.json")["provenance"]["posterity"] == __version__
     runs.write_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
@@ -157,18 +163,51 @@ def test_a_full_disk_is_told_and_loses_nothing(environment, tmp_path):
     said = one_line(done)
     assert str(out) in said
     assert "disk full? Free some space" in said
-    assert not list(out.glob(".*.*"))
+    assert not list(out.glob(".*"))
     assert not (out / "result.json").exists()
     again = subprocess.run(arguments, **how)
     assert again.returncode == 0, again.stderr
+
+
+def test_a_terminal_gets_one_line_too(environment):
+    """tyro draws coloured boxes there."""
+    leader, follower = os.openpty()
+    arguments, colours = command("train", "smoke", "--epochs", "many"), {"TERM": "xterm-256color"}
+    how = {"env": environment | colours, "stdout": follower, "stderr": follower}
+    assert subprocess.run(arguments, timeout=60, **how).returncode == 2
+    said = os.read(leader, 10_000).decode()
+    assert said.strip() == (
+        "posterity: error: --epochs takes INT, not 'many'; see posterity train --help"
+    )
+
+
+def test_a_reader_that_has_enough_is_no_error(environment):
+    shell = " ".join(command("train", "--help")) + " | true"
+    for _ in range(3):
+        done = subprocess.run(shell, shell=True, env=environment, capture_output=True, text=True)
+        assert done.stderr == ""
+
+
+def test_other_faults_of_a_writer_are_not_the_disks(tmp_path):
+    tied = torch.ones(2)
+    with pytest.raises(RuntimeError, match="share memory"):
+        runs.write_tensors(tmp_path / "tied.safetensors", {"a": tied, "b": tied})
+
+
+def test_a_run_leaves_files_that_are_not_its_own(tmp_path):
+    (tmp_path / ".env.local").write_text("mine")
+    (tmp_path / ".checkpoint.pt.abc.tmp").write_text("half written")
+    with runs.occupied(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == [".env.local"]
 
 
 @pytest.mark.parametrize(
     ("code", "path", "said"),
     [
         (errno.ENOSPC, None, "no space left on device: free some and run the same command again"),
-        (errno.EROFS, "x", "x: read-only file system: choose another --out"),
-        (errno.EACCES, "x", "x: permission denied: choose another --out, or let this user read"),
+        (errno.EROFS, "x", "x: read-only file system: choose a place that may be written to"),
+        (errno.EACCES, "x", "x: permission denied: choose a place that may be written to"),
     ],
 )
 def test_what_the_system_refuses_says_what_to_do(call, monkeypatch, code, path, said):
@@ -282,7 +321,8 @@ def test_other_commands_do_not_run_on_several_processes(run, call, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "then"), [(("study", "gap"), "goes on where it was"), (("report", "x"), "starts")]
+    ("arguments", "then"),
+    [(("study", "gap"), "goes on from the last checkpoint"), (("report", "x"), "starts")],
 )
 def test_an_interrupt_does_not_promise_too_much(call, monkeypatch, arguments, then):
     def interrupted(*_, **__):
