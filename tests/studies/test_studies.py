@@ -387,8 +387,8 @@ def test_two_processes_do_not_share_a_run_folder(folder, tmp_path):
     with runs.occupied(out):
         with pytest.raises(UserError, match="another process is at work"):
             train.train(recipes.recipe("smoke"), "sgd", 0, out)
-        (out / ".config.json.x1").write_text("what a killed process left")
-    assert [path.name for path in out.iterdir()] == [".config.json.x1"]
+        (out / ".config.json.x1.tmp").write_text("what a killed process left")
+    assert [path.name for path in out.iterdir()] == [".config.json.x1.tmp"]
     assert train.finished(recipes.recipe("smoke"), "sgd", 0, out) is None
     with runs.occupied(out):
         pass
