@@ -96,6 +96,64 @@ def test_from_sgd_refuses_what_ivon_has_not(odd):
         IVON.from_sgd(sgd, ess=100)
 
 
+def test_from_adamw_moves_a_weight_by_adamws_rate_at_most():
+    """And that far, as Adam does, where gradients agree; in each group, under a schedule."""
+    model = network()
+    groups = [
+        {"params": model[0].parameters(), "weight_decay": 0.0},
+        {"params": model[2].parameters(), "lr": 3e-5},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-4)
+    opt = IVON.from_adamw(adamw, n_train=500, steps=100, seed=0)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.5)
+    before = [w.clone() for w in weights(model)]
+    for _ in range(30):
+        with opt.sampled_params(train=True):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1e-5)  # not so large that h grows to match
+        opt.step()
+    moved = [float((b - a).max()) for a, b in zip(weights(model), before, strict=True)]
+    assert moved == pytest.approx([30 * 0.5e-4] * 2 + [30 * 1.5e-5] * 2, rel=0.02)
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.0, 1e-6]
+
+
+def test_from_adamw_has_its_tasks_settings_and_the_callers():
+    model = network()
+    adamw = torch.optim.AdamW(model.named_parameters(), lr=2e-5, weight_decay=0.1)
+    opt = IVON.from_adamw(adamw, n_train=500, steps=100, task="lora", ess=1e8, clip_radius=1e-2)
+    expected = IVON.defaults_for("lora", 500, 100) | {"ess": 1e8, "clip_radius": 1e-2}
+    (group,) = opt.param_groups
+    assert {k: group[k] for k in expected if k != "lr"} == {
+        k: v for k, v in expected.items() if k != "lr"
+    }
+    assert group["lr"] == pytest.approx(2e-3)
+    assert group["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize(
+    ("odd", "asked", "said"),
+    [
+        ({"amsgrad": True}, {}, "IVON has no amsgrad"),
+        ({"maximize": True}, {}, "IVON has no maximize"),
+        ({}, {"lr": 0.1}, "lr is taken from AdamW"),
+        ({}, {"task": "vision"}, r"carries over for finetuning and lora only.*'vision'"),
+        ({}, {"task": "speech"}, "no settings for 'speech'"),
+    ],
+    ids=str,
+)
+def test_from_adamw_refuses_what_does_not_carry_over(odd, asked, said):
+    adamw = torch.optim.AdamW(network().parameters(), **odd)
+    with pytest.raises(ValueError, match=said):
+        IVON.from_adamw(adamw, n_train=500, steps=100, **asked)
+
+
+@pytest.mark.parametrize("given", ["lr", "betas", "weight_decay"])
+def test_from_sgd_refuses_a_setting_that_sgd_gives(given):
+    sgd = torch.optim.SGD(network().parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=f"{given} is taken from SGD"):
+        IVON.from_sgd(sgd, ess=100, **{given: 0.1})
+
+
 # -- hess_init="auto" ----------------------------------------------------------------------------
 
 

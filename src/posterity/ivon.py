@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checkpoint, distributed, groups, ops
+from . import checkpoint, distributed, groups, ops, presets
 from .binding import clean_name
 from .diagnostics import Diagnostics, Layer
 from .groups import Group, low_precision
 from .ops.reference import curvature
 from .posterior import Posterior
-from .presets import PRESETS
 from .sampling import Draw, Written, forget_copies, touch
 from .slots import Slot, state_of
 from .window import Window
@@ -175,7 +174,8 @@ class IVON(Optimizer):
             settings: further ones of :class:`IVON`.
 
         Raises:
-            ValueError: ``nesterov``, ``maximize`` or ``dampening``, which IVON has not.
+            ValueError: ``nesterov``, ``maximize`` or ``dampening``, which IVON has not; a setting
+                that SGD gives.
 
         Example:
             >>> import torch
@@ -186,17 +186,49 @@ class IVON(Optimizer):
             >>> [round(opt.param_groups[0][k], 6) for k in ("lr", "weight_decay", "hess_init")]
             [1.0, 0.0005, 0.5]
         """
-        own = []
-        for group in sgd.param_groups:
-            if odd := [name for name in ("nesterov", "maximize", "dampening") if group[name]]:
-                raise ValueError(f"IVON has no {odd[0]}: build SGD without it")
-            params, momentum = group["params"], group["momentum"]
-            if "param_names" in group:
-                params = list(zip(group["param_names"], params, strict=True))
-            settings_of = {"lr": group["lr"] / (1 - momentum), "betas": (momentum, beta2)}
-            own.append({"params": params, "weight_decay": group["weight_decay"], **settings_of})
+        own = presets.of_sgd(sgd, beta2, settings)
         first = {"lr": own[0]["lr"], "ess": ess, "hess_init": hess_init, "debias": False}
         return cls(own, **{**first, **settings})
+
+    @classmethod
+    def from_adamw(
+        cls,
+        adamw: torch.optim.AdamW,
+        *,
+        n_train: int,
+        steps: int,
+        task: str = "finetuning",
+        **settings: Any,
+    ) -> IVON:
+        """IVON in the place of AdamW that finetunes, at AdamW's rate.
+
+        :meth:`defaults_for` a task, but lr is AdamW's over ``clip_radius``: a weight moves by
+        AdamW's rate at most. Groups stay groups, and schedules what they are. AdamW's weight decay
+        is of another kind, and not carried over; but a group that has none gets none.
+
+        Args:
+            adamw: an optimizer that is built as for training without IVON; its state is not read.
+            n_train: number of training examples.
+            steps: that training will take.
+            task: "finetuning", of all weights, or "lora".
+            settings: further ones of :class:`IVON`, in the place of the task's.
+
+        Raises:
+            ValueError: ``amsgrad`` or ``maximize``, which IVON has not; another task, for which
+                AdamW's rate does not carry over; lr, which AdamW gives.
+
+        Example:
+            >>> import torch
+            >>> from posterity import IVON
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> adamw = torch.optim.AdamW([w], lr=2e-5)
+            >>> opt = IVON.from_adamw(adamw, n_train=10_000, steps=1_000)
+            >>> round(opt.param_groups[0]["lr"], 6), opt.param_groups[0]["clip_radius"]
+            (0.02, 0.001)
+        """
+        preset = cls.defaults_for(task, n_train, steps)
+        own = presets.of_adamw(adamw, task, preset, settings)
+        return cls(own, **{**preset, **settings, "lr": own[0]["lr"]})
 
     @staticmethod
     def defaults_for(task: str, n_train: int, steps: int) -> dict[str, Any]:
@@ -230,9 +262,10 @@ class IVON(Optimizer):
         Source: what ``posterity study defaults`` measures beside tuned AdamW, and for "lora" what
         ``posterity study finetuning`` does.
         """
-        if task not in PRESETS:
-            raise ValueError(f"no settings for {task!r}; there are {', '.join(PRESETS)}")
-        return PRESETS[task](n_train, steps)
+        known = presets.PRESETS
+        if task not in known:
+            raise ValueError(f"no settings for {task!r}; there are {', '.join(known)}")
+        return known[task](n_train, steps)
 
     def _reset(self) -> None:
         """Make what stands beside the state."""

@@ -1,9 +1,15 @@
-"""Settings that work untouched, for kinds of tasks: :meth:`posterity.IVON.defaults_for`."""
+"""Settings that work untouched, for kinds of tasks, and those that other optimizers leave.
+
+:meth:`posterity.IVON.defaults_for`, :meth:`posterity.IVON.from_sgd` and
+:meth:`posterity.IVON.from_adamw`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from torch.optim import SGD, AdamW, Optimizer
 
 Settings = dict[str, Any]
 
@@ -72,3 +78,58 @@ PRESETS: dict[str, Callable[[int, int], Settings]] = {
     "finetuning": finetuning,
     "lora": lora,
 }
+
+LIKE_ADAMW = ("finetuning", "lora")  # presets whose longest step can be AdamW's rate
+
+
+def of_sgd(sgd: SGD, beta2: float, settings: Settings) -> list[Settings]:
+    """Groups in which IVON takes SGD's steps while h stays, which sums the gradients it averages.
+
+    Raises:
+        ValueError: SGD has what IVON has not, or ``settings`` name what SGD gives.
+    """
+    _refuse(settings, sgd, "lr", "betas", "weight_decay")
+    found = []
+    for group, own in _groups(sgd, "nesterov", "maximize", "dampening"):
+        momentum = group["momentum"]
+        lr, betas = group["lr"] / (1 - momentum), (momentum, beta2)
+        found.append({**own, "lr": lr, "betas": betas, "weight_decay": group["weight_decay"]})
+    return found
+
+
+def of_adamw(adamw: AdamW, task: str, preset: Settings, settings: Settings) -> list[Settings]:
+    """Groups in which a weight moves by AdamW's rate at most, and decays where AdamW's does.
+
+    Raises:
+        ValueError: AdamW has what IVON has not, ``settings`` name its rate, or with the task's
+            preset that is not known to train well.
+    """
+    _refuse(settings, adamw, "lr")
+    if task not in LIKE_ADAMW:
+        known = " and ".join(LIKE_ADAMW)
+        raise ValueError(
+            f"AdamW's rate carries over for {known} only: use IVON.defaults_for({task!r}, …)"
+        )
+    whole, found = preset | settings, []
+    for group, own in _groups(adamw, "amsgrad", "maximize"):
+        decay = whole["weight_decay"] if group["weight_decay"] else 0.0
+        lr = group["lr"] / whole["clip_radius"]
+        found.append({**own, "lr": lr, "weight_decay": decay})
+    return found
+
+
+def _refuse(settings: Settings, other: Optimizer, *given: str) -> None:
+    """What another optimizer gives cannot be set beside it."""
+    if twice := [name for name in given if name in settings]:
+        raise ValueError(f"{twice[0]} is taken from {type(other).__name__}: set it there")
+
+
+def _groups(other: Optimizer, *odd: str) -> Iterator[tuple[Settings, Settings]]:
+    """An optimizer's groups and, for IVON, their parameters, named where they are."""
+    for group in other.param_groups:
+        if has := [name for name in odd if group[name]]:
+            raise ValueError(f"IVON has no {has[0]}: build {type(other).__name__} without it")
+        params = group["params"]
+        if "param_names" in group:
+            params = list(zip(group["param_names"], params, strict=True))
+        yield group, {"params": params}

@@ -314,3 +314,14 @@ class FinetuneIvon(LanguageIvon):
     memory: float | None = None
     rescale: ClassVar[bool] = False
     weights: ClassVar[Weights] = staticmethod(trainable)
+
+
+@dataclass(frozen=True)
+class FromAdamw(FinetuneAdamw):
+    """IVON in the place of that AdamW: :meth:`posterity.IVON.from_adamw`."""
+
+    def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
+        """The optimizer for a model."""
+        adamw = super().build(model, n_train, steps, seed)
+        assert isinstance(adamw, torch.optim.AdamW)
+        return IVON.from_adamw(adamw, n_train=n_train, steps=steps, seed=seed)

@@ -35,6 +35,7 @@ STUDIES: dict[str, str] = {  # name → what it asks, in a line
     "pretraining": "Does IVON train a language model from scratch as well as AdamW?",
     "classification": "Is a residual network as accurate with IVON, and better calibrated?",
     "defaults": "Is IVON untouched as good as AdamW, tuned on each task?",
+    "rates": "Does AdamW's rate carry over to IVON, for finetuning?",
     "leave-one-out": "Does the estimate from training data alone follow the test loss?",
     "in-domain": "How sure should one run be, beside eleven other ways and ensembles?",
     "mc-samples": "How many samples does it take, in training and at test time?",
