@@ -96,15 +96,15 @@ def test_from_sgd_refuses_what_ivon_has_not(odd):
         IVON.from_sgd(sgd, ess=100)
 
 
+def from_adamw(adamw, task="finetuning", **settings):
+    return IVON.from_adamw(adamw, task, n_train=500, steps=100, **settings)
+
+
 def test_from_adamw_moves_a_weight_by_adamws_rate_at_most():
-    """And that far, as Adam does, where gradients agree; in each group, under a schedule."""
+    """That far where gradients agree and outweigh h; in each group, under a schedule."""
     model = network()
-    groups = [
-        {"params": model[0].parameters(), "weight_decay": 0.0},
-        {"params": model[2].parameters(), "lr": 3e-5},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=1e-4)
-    opt = IVON.from_adamw(adamw, n_train=500, steps=100, seed=0)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 3e-5}]
+    opt = from_adamw(torch.optim.AdamW(groups, lr=1e-4), seed=0)
     torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.5)
     before = [w.clone() for w in weights(model)]
     for _ in range(30):
@@ -114,44 +114,94 @@ def test_from_adamw_moves_a_weight_by_adamws_rate_at_most():
         opt.step()
     moved = [float((b - a).max()) for a, b in zip(weights(model), before, strict=True)]
     assert moved == pytest.approx([30 * 0.5e-4] * 2 + [30 * 1.5e-5] * 2, rel=0.02)
-    assert [g["weight_decay"] for g in opt.param_groups] == [0.0, 1e-6]
 
 
-def test_from_adamw_has_its_tasks_settings_and_the_callers():
+@pytest.mark.parametrize(("rate", "colder"), [(1.5e-5, 16.0), (6e-5, 1.0), (3e-4, 1.0)])
+def test_from_adamw_has_its_tasks_settings_and_less_noise_where_steps_are_shorter(rate, colder):
     model = network()
-    adamw = torch.optim.AdamW(model.named_parameters(), lr=2e-5, weight_decay=0.1)
-    opt = IVON.from_adamw(adamw, n_train=500, steps=100, task="lora", ess=1e8, clip_radius=1e-2)
-    expected = IVON.defaults_for("lora", 500, 100) | {"ess": 1e8, "clip_radius": 1e-2}
+    opt = from_adamw(torch.optim.AdamW(model.named_parameters(), lr=torch.tensor(rate)), seed=4)
+    expected = IVON.defaults_for("finetuning", 500, 100) | {"seed": 4}
     (group,) = opt.param_groups
-    assert {k: group[k] for k in expected if k != "lr"} == {
-        k: v for k, v in expected.items() if k != "lr"
-    }
-    assert group["lr"] == pytest.approx(2e-3)
     assert group["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert float(group["lr"]) == pytest.approx(rate / expected["clip_radius"])
+    assert group["ess"] == pytest.approx(colder * expected["ess"])
+    for name in expected.keys() - {"lr", "ess"}:
+        assert group[name] == expected[name], name
+
+
+def test_from_adamw_takes_the_callers_settings_and_a_frozen_weight():
+    model = network()
+    model[0].bias.requires_grad_(False)
+    opt = from_adamw(torch.optim.AdamW(model.parameters(), lr=1e-3), "lora", ess=3e4, fused=False)
+    (group,) = opt.param_groups
+    assert (group["ess"], group["fused"], group["weight_decay"]) == (3e4, False, 0.0)
+    assert len(group["params"]) == 4
 
 
 @pytest.mark.parametrize(
-    ("odd", "asked", "said"),
+    ("theirs", "ours"),
+    [((0.01, 0.01), [1e-6, 1e-6]), ((0.0, 0.1), [0.0, 1e-6]), ((0.0, 0.0), [1e-6, 1e-6])],
+)
+def test_from_adamw_lets_a_group_that_alone_has_no_decay_have_none(theirs, ours):
+    """Where none decays that is no choice, and a flat prior everywhere has no ELBO."""
+    model = network()
+    groups = [
+        {"params": layer.parameters(), "weight_decay": decay}
+        for layer, decay in zip((model[0], model[2]), theirs, strict=True)
+    ]
+    found = from_adamw(torch.optim.AdamW(groups)).param_groups
+    assert [group["weight_decay"] for group in found] == ours
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_the_rate_that_carries_over_is_the_one_schedules_start_from(kind):
+    other = getattr(torch.optim, kind)(network().parameters(), lr=1e-4)
+    torch.optim.lr_scheduler.LambdaLR(other, lambda t: t / 100)  # it is 0 now
+    opt = from_adamw(other) if kind == "AdamW" else IVON.from_sgd(other, ess=100)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.1 if kind == "AdamW" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("odd", "task", "asked", "said"),
     [
-        ({"amsgrad": True}, {}, "IVON has no amsgrad"),
-        ({"maximize": True}, {}, "IVON has no maximize"),
-        ({}, {"lr": 0.1}, "lr is taken from AdamW"),
-        ({}, {"task": "vision"}, r"carries over for finetuning and lora only.*'vision'"),
-        ({}, {"task": "speech"}, "no settings for 'speech'"),
+        ({"amsgrad": True}, "finetuning", {}, "IVON has no amsgrad"),
+        ({"maximize": True}, "finetuning", {}, "IVON has no maximize"),
+        ({"lr": 0.0}, "finetuning", {}, "AdamW's lr is 0"),
+        ({}, "vision", {}, "carries over for finetuning and lora: .*'vision'"),
+        ({}, "speech", {}, "no settings for 'speech'"),
+        *(
+            ({}, "lora", {name: 0.1}, f"from_adamw sets {name} itself")
+            for name in ("lr", "clip_radius", "rescale_lr", "weight_decay")
+        ),
     ],
     ids=str,
 )
-def test_from_adamw_refuses_what_does_not_carry_over(odd, asked, said):
-    adamw = torch.optim.AdamW(network().parameters(), **odd)
+def test_from_adamw_refuses_what_does_not_carry_over(odd, task, asked, said):
     with pytest.raises(ValueError, match=said):
-        IVON.from_adamw(adamw, n_train=500, steps=100, **asked)
+        from_adamw(torch.optim.AdamW(network().parameters(), **odd), task, **asked)
 
 
 @pytest.mark.parametrize("given", ["lr", "betas", "weight_decay"])
-def test_from_sgd_refuses_a_setting_that_sgd_gives(given):
+def test_from_sgd_refuses_a_setting_that_follows_from_sgds(given):
     sgd = torch.optim.SGD(network().parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(ValueError, match=f"{given} is taken from SGD"):
+    with pytest.raises(ValueError, match=f"from_sgd sets {given} itself"):
         IVON.from_sgd(sgd, ess=100, **{given: 0.1})
+
+
+def test_each_takes_its_own_optimizer():
+    sgd, adamw = (
+        kind(network().parameters(), lr=0.1) for kind in (torch.optim.SGD, torch.optim.AdamW)
+    )
+    with pytest.raises(ValueError, match=r"torch\.optim\.AdamW, not SGD"):
+        from_adamw(sgd)
+    with pytest.raises(ValueError, match=r"torch\.optim\.SGD, not AdamW"):
+        IVON.from_sgd(adamw, ess=100)
+
+
+@pytest.mark.parametrize(("n_train", "steps"), [(0, 100), (500, 0), (-5, 100)])
+def test_defaults_want_examples_and_steps(n_train, steps):
+    with pytest.raises(ValueError, match=f"got {n_train} and {steps}"):
+        IVON.defaults_for("finetuning", n_train, steps)
 
 
 # -- hess_init="auto" ----------------------------------------------------------------------------

@@ -207,6 +207,22 @@ def test_frozen_parameters_take_their_place_in_the_vectors():
     assert torch.equal(q.buffers["0.weight"], model[0].weight)
 
 
+def test_a_schedule_goes_on():
+    """From the rate it had begun with, which it leaves in the groups, not the one it reached."""
+    theirs = their_run(model := network())
+    rate = torch.optim.lr_scheduler.LambdaLR(theirs, lambda t: 1 / (1 + t))
+    for i in range(3):
+        with theirs.sampled_params(train=True):
+            backward(model, i)
+        theirs.step()
+        rate.step()
+    opt = ours(network())
+    ivon_opt.load(opt, saved(theirs.state_dict()), steps=STEPS)
+    assert opt.param_groups[0]["lr"] == pytest.approx(SETTINGS["lr"] / 4)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t), last_epoch=3)
+    assert opt.param_groups[0]["lr"] == pytest.approx(SETTINGS["lr"] / 5)
+
+
 def test_a_tensor_lr_stays_a_tensor():
     model = network()
     opt = IVON(model.parameters(), torch.tensor(1.0), ess=1.0, seed=0)

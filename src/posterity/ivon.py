@@ -174,8 +174,8 @@ class IVON(Optimizer):
             settings: further ones of :class:`IVON`.
 
         Raises:
-            ValueError: ``nesterov``, ``maximize`` or ``dampening``, which IVON has not; a setting
-                that SGD gives.
+            ValueError: ``nesterov``, ``maximize`` or ``dampening``, which IVON has not; lr, betas
+                or weight_decay, which follow from SGD's; another optimizer than SGD.
 
         Example:
             >>> import torch
@@ -186,7 +186,8 @@ class IVON(Optimizer):
             >>> [round(opt.param_groups[0][k], 6) for k in ("lr", "weight_decay", "hess_init")]
             [1.0, 0.0005, 0.5]
         """
-        own = presets.of_sgd(sgd, beta2, settings)
+        presets.refuse(settings, "from_sgd", "lr", "betas", "weight_decay")
+        own = presets.of_sgd(sgd, beta2)
         first = {"lr": own[0]["lr"], "ess": ess, "hess_init": hess_init, "debias": False}
         return cls(own, **{**first, **settings})
 
@@ -194,41 +195,53 @@ class IVON(Optimizer):
     def from_adamw(
         cls,
         adamw: torch.optim.AdamW,
+        task: str,
         *,
         n_train: int,
         steps: int,
-        task: str = "finetuning",
         **settings: Any,
     ) -> IVON:
         """IVON in the place of AdamW that finetunes, at AdamW's rate.
 
-        :meth:`defaults_for` a task, but lr is AdamW's over ``clip_radius``: a weight moves by
-        AdamW's rate at most. Groups stay groups, and schedules what they are. AdamW's weight decay
-        is of another kind, and not carried over; but a group that has none gets none.
+        :meth:`defaults_for` a task, but for two settings. lr is AdamW's over ``clip_radius``, so
+        that a weight moves by AdamW's rate at most. And below the rate at which the task's settings
+        were found ``ess`` is higher, by the square of the rates' ratio: the noise is as much less
+        as the steps are shorter. Groups stay groups; AdamW's weight decay is of another kind and
+        not carried over, but a group that alone has none gets none. Keep the warm-up and the decay
+        to zero; schedules that name a rate instead of a factor name it over ``clip_radius``.
 
         Args:
             adamw: an optimizer that is built as for training without IVON; its state is not read.
+            task: "finetuning", of all weights, or "lora".
             n_train: number of training examples.
             steps: that training will take.
-            task: "finetuning", of all weights, or "lora".
-            settings: further ones of :class:`IVON`, in the place of the task's.
+            settings: further ones of :class:`IVON`, also in the place of the task's.
 
         Raises:
             ValueError: ``amsgrad`` or ``maximize``, which IVON has not; another task, for which
-                AdamW's rate does not carry over; lr, which AdamW gives.
+                AdamW's rate does not carry over; lr, clip_radius, rescale_lr or weight_decay, which
+                are set here; another optimizer than AdamW, or one whose rate is 0.
 
         Example:
             >>> import torch
             >>> from posterity import IVON
             >>> w = torch.nn.Parameter(torch.zeros(2))
             >>> adamw = torch.optim.AdamW([w], lr=2e-5)
-            >>> opt = IVON.from_adamw(adamw, n_train=10_000, steps=1_000)
-            >>> round(opt.param_groups[0]["lr"], 6), opt.param_groups[0]["clip_radius"]
-            (0.02, 0.001)
+            >>> opt = IVON.from_adamw(adamw, "finetuning", n_train=10_000, steps=1_000)
+            >>> group = opt.param_groups[0]
+            >>> round(group["lr"], 6), group["clip_radius"], f"{group['ess']:.1e}"
+            (0.02, 0.001, '1.8e+08')
+
+        Source: what ``posterity study rates`` measures beside AdamW.
         """
+        presets.refuse(settings, "from_adamw", "lr", "clip_radius", "rescale_lr", "weight_decay")
+        if task in presets.PRESETS and task not in presets.LIKE_ADAMW:
+            known = " and ".join(presets.LIKE_ADAMW)
+            raise ValueError(
+                f"AdamW's rate carries over for {known}: here use IVON.defaults_for({task!r}, ...)"
+            )
         preset = cls.defaults_for(task, n_train, steps)
-        own = presets.of_adamw(adamw, task, preset, settings)
-        return cls(own, **{**preset, **settings, "lr": own[0]["lr"]})
+        return cls(**presets.of_adamw(adamw, preset) | settings)
 
     @staticmethod
     def defaults_for(task: str, n_train: int, steps: int) -> dict[str, Any]:
@@ -248,7 +261,7 @@ class IVON(Optimizer):
             steps: that training will take.
 
         Raises:
-            ValueError: an unknown task.
+            ValueError: an unknown task; no examples, or no steps.
 
         Example:
             >>> import torch
@@ -265,6 +278,8 @@ class IVON(Optimizer):
         known = presets.PRESETS
         if task not in known:
             raise ValueError(f"no settings for {task!r}; there are {', '.join(known)}")
+        if n_train < 1 or steps < 1:
+            raise ValueError(f"n_train and steps count from 1; got {n_train} and {steps}")
         return known[task](n_train, steps)
 
     def _reset(self) -> None:

@@ -82,54 +82,57 @@ PRESETS: dict[str, Callable[[int, int], Settings]] = {
 LIKE_ADAMW = ("finetuning", "lora")  # presets whose longest step can be AdamW's rate
 
 
-def of_sgd(sgd: SGD, beta2: float, settings: Settings) -> list[Settings]:
-    """Groups in which IVON takes SGD's steps while h stays, which sums the gradients it averages.
+def refuse(settings: Settings, where: str, *carried: str) -> None:
+    """What another optimizer's settings decide cannot be set beside them."""
+    if twice := [name for name in carried if name in settings]:
+        raise ValueError(f"{where} sets {twice[0]} itself: to choose it build IVON(...)")
 
-    Raises:
-        ValueError: SGD has what IVON has not, or ``settings`` name what SGD gives.
-    """
-    _refuse(settings, sgd, "lr", "betas", "weight_decay")
+
+def of_sgd(sgd: SGD, beta2: float) -> list[Settings]:
+    """Groups in which IVON, while h stays, takes SGD's steps; SGD adds up what IVON averages."""
     found = []
-    for group, own in _groups(sgd, "nesterov", "maximize", "dampening"):
+    for group, own in _groups(sgd, SGD, "nesterov", "maximize", "dampening"):
         momentum = group["momentum"]
-        lr, betas = group["lr"] / (1 - momentum), (momentum, beta2)
+        lr, betas = own["lr"] / (1 - momentum), (momentum, beta2)
         found.append({**own, "lr": lr, "betas": betas, "weight_decay": group["weight_decay"]})
     return found
 
 
-def of_adamw(adamw: AdamW, task: str, preset: Settings, settings: Settings) -> list[Settings]:
-    """Groups in which a weight moves by AdamW's rate at most, and decays where AdamW's does.
+def of_adamw(adamw: AdamW, preset: Settings) -> Settings:
+    """A preset for AdamW's groups: a weight moves by its rate at most, and decays where AdamW's do.
+
+    Weights bear noise in proportion to the steps they take, σ² to the rate's square: below the
+    preset's own rate λ grows by as much.
+    """
+    bound, own = preset["clip_radius"], list(_groups(adamw, AdamW, "amsgrad", "maximize"))
+    rate = max(float(ours["lr"]) for _, ours in own)
+    if rate <= 0:
+        raise ValueError("AdamW's lr is 0: IVON takes its rate from there")
+    decays, found = any(group["weight_decay"] for group, _ in own), []
+    for group, ours in own:
+        decay = preset["weight_decay"] if group["weight_decay"] or not decays else 0.0
+        found.append({**ours, "lr": ours["lr"] / bound, "weight_decay": decay})
+    colder = max(1.0, preset["lr"] * bound / rate) ** 2
+    return preset | {"params": found, "lr": rate / bound, "ess": preset["ess"] * colder}
+
+
+def _groups(
+    other: Optimizer, kind: type[Optimizer], *odd: str
+) -> Iterator[tuple[Settings, Settings]]:
+    """An optimizer's groups, and for IVON their parameters, named where they are, and rates.
+
+    A rate is what schedules start from: a warm-up has set it to next to nothing.
 
     Raises:
-        ValueError: AdamW has what IVON has not, ``settings`` name its rate, or with the task's
-            preset that is not known to train well.
+        ValueError: it is of another kind, or has what IVON has not.
     """
-    _refuse(settings, adamw, "lr")
-    if task not in LIKE_ADAMW:
-        known = " and ".join(LIKE_ADAMW)
-        raise ValueError(
-            f"AdamW's rate carries over for {known} only: use IVON.defaults_for({task!r}, …)"
-        )
-    whole, found = preset | settings, []
-    for group, own in _groups(adamw, "amsgrad", "maximize"):
-        decay = whole["weight_decay"] if group["weight_decay"] else 0.0
-        lr = group["lr"] / whole["clip_radius"]
-        found.append({**own, "lr": lr, "weight_decay": decay})
-    return found
-
-
-def _refuse(settings: Settings, other: Optimizer, *given: str) -> None:
-    """What another optimizer gives cannot be set beside it."""
-    if twice := [name for name in given if name in settings]:
-        raise ValueError(f"{twice[0]} is taken from {type(other).__name__}: set it there")
-
-
-def _groups(other: Optimizer, *odd: str) -> Iterator[tuple[Settings, Settings]]:
-    """An optimizer's groups and, for IVON, their parameters, named where they are."""
+    name = kind.__name__
+    if not isinstance(other, kind):
+        raise ValueError(f"this takes torch.optim.{name}, not {type(other).__name__}")
     for group in other.param_groups:
-        if has := [name for name in odd if group[name]]:
-            raise ValueError(f"IVON has no {has[0]}: build {type(other).__name__} without it")
+        if has := [setting for setting in odd if group[setting]]:
+            raise ValueError(f"IVON has no {has[0]}: build {name} without it")
         params = group["params"]
         if "param_names" in group:
             params = list(zip(group["param_names"], params, strict=True))
-        yield group, {"params": params}
+        yield group, {"params": params, "lr": group.get("initial_lr", group["lr"])}

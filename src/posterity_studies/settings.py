@@ -318,10 +318,20 @@ class FinetuneIvon(LanguageIvon):
 
 @dataclass(frozen=True)
 class FromAdamw(FinetuneAdamw):
-    """IVON in the place of that AdamW: :meth:`posterity.IVON.from_adamw`."""
+    """IVON in the place of that AdamW: :meth:`posterity.IVON.from_adamw`.
+
+    ``settings`` are those of a thousand examples and steps: a finished run is one of the same.
+    """
+
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self):
+        (group,) = self.build(nn.Linear(1, 1), 1000, 1000, 0).param_groups
+        told = {k: v for k, v in group.items() if k in IVON.defaults_for("finetuning", 1, 1)}
+        object.__setattr__(self, "settings", told)
 
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
         adamw = super().build(model, n_train, steps, seed)
         assert isinstance(adamw, torch.optim.AdamW)
-        return IVON.from_adamw(adamw, n_train=n_train, steps=steps, seed=seed)
+        return IVON.from_adamw(adamw, "finetuning", n_train=n_train, steps=steps, seed=seed)

@@ -19,6 +19,7 @@ def test_ivon_is_built_of_that_adamw():
     (group,) = opt.param_groups
     assert group["lr"] * group["clip_radius"] == pytest.approx(3e-5)
     assert (group["seed"], group["params"]) == (7, [model.weight])
+    assert FromAdamw(3e-5).settings["lr"] == pytest.approx(0.03)  # what a run's folder tells
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ def load(optimizer: IVON, checkpoint: Mapping[str, Any], *, steps: int) -> None:
     Args:
         optimizer: over the same parameters in the same groups. What a group's checkpoint says of
             lr, ess, hess_init, betas, weight_decay and clip_radius replaces the optimizer's own
-            setting; what it does not hold stays as it is: hess_approx, gradsq_scale (ivon-opt
-            multiplied by ess), rescale_lr, debias, mc_samples, the seed.
+            setting, and so does a schedule's initial_lr; what it does not hold stays: hess_approx,
+            gradsq_scale (ivon-opt multiplied by ess), rescale_lr, debias, mc_samples, the seed.
         checkpoint: what ``state_dict()`` of ``ivon.IVON`` returned. The weights are not in it:
             load them into the model first, as for any optimizer.
         steps: how many steps the run had made. ivon-opt does not save it, yet the momentum is
@@ -70,7 +70,8 @@ def load(optimizer: IVON, checkpoint: Mapping[str, Any], *, steps: int) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state["state"], number = {}, 0
     for group, into, own in zip(groups, state["param_groups"], optimizer.param_groups, strict=True):
-        into.update(_settings(group), pending=0)
+        begun = {k: group[k] for k in ("initial_lr",) if k in group}  # by a schedule
+        into.update(_settings(group) | begun, pending=0)
         if isinstance(own["lr"], Tensor):  # it stays one, on its device
             into["lr"] = torch.full_like(own["lr"], float(group["lr"]))
         sizes = [p.numel() for p in own["params"]]
