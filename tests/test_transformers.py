@@ -150,6 +150,30 @@ def test_an_optimizer_of_ones_own_with_a_schedule(model, tmp_path):
     equal(weights(ours), weights(theirs))
 
 
+def test_the_rate_and_the_groups_of_trainers_adamw(model, tmp_path):
+    ours, theirs = copy.deepcopy(model), model
+    seen = Seen(ours)
+    arguments = {"learning_rate": 2e-4, "warmup_steps": 2, "lr_scheduler_type": "linear"}
+    arguments |= {"use_cpu": True, "report_to": [], "max_steps": 6, "weight_decay": 0.01}
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), **arguments)
+    its = transformers.Trainer(ours, arguments, train_dataset=DATA, callbacks=[seen])
+    given = {"n_train": len(DATA), "steps": 6, "seed": 3}
+    its.optimizer = IVON.from_adamw(its.create_optimizer(), "finetuning", **given)
+    its.train()
+    preset = IVON.defaults_for("finetuning", len(DATA), 6) | {"lr": 0.2, "seed": 3}
+    opt = IVON(groups(theirs, preset["weight_decay"]), **preset)
+    rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(t / 2, (6 - t) / 4))
+    for batch in seen.batches:
+        opt.train()
+        theirs.train()
+        theirs(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        opt.step()
+        rate.step()
+        opt.zero_grad()
+    equal(weights(ours), weights(theirs))
+
+
 def test_evaluation_and_saving_see_the_mean(model, tmp_path):
     """In the middle of training too; and evaluating changes nothing."""
     ours, theirs = copy.deepcopy(model), model
