@@ -209,6 +209,7 @@ class IVON(Optimizer):
         as the steps are shorter. Groups stay groups; AdamW's weight decay is of another kind and
         not carried over, but a group that alone has none gets none. Keep the warm-up and the decay
         to zero; schedules that name a rate instead of a factor name it over ``clip_radius``.
+        Finetuning in full was as good as AdamW's at 1e-5 to 1e-4, and failed at 3e-4.
 
         Args:
             adamw: an optimizer that is built as for training without IVON; its state is not read.

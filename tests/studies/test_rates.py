@@ -1,6 +1,8 @@
 """AdamW's rate carried over: who is compared with whom."""
 
+import json
 import math
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -43,3 +45,29 @@ def test_both_learn_at_each_rate_with_each_seed(tmp_path):
     assert row["s.e."] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
     assert math.isfinite(row["s.e."])
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+ROOT = Path(__file__).parents[2]
+ROWS = json.loads((ROOT / "results" / "rates" / "result.json").read_text())["rows"]
+
+
+def test_ivon_is_ahead_up_to_adamws_best_rates_and_the_page_says_where_not():
+    ahead = [row["rate"] for row in ROWS if row["IVON's less AdamW's"] < 0]
+    assert ahead == [1e-5, 3e-5, 1e-4]
+    best = min(ROWS, key=lambda row: row["AdamW"])
+    assert best["rate"] in ahead
+    worse = [row for row in ROWS if row["rate"] not in ahead]
+    assert [row["IVON's less AdamW's"] > 2 * row["s.e."] for row in worse] == [True]
+
+
+def test_the_page_shows_the_committed_rates():
+    page = (ROOT / "docs" / "migrate" / "adamw.md").read_text()
+    lines = page.split("| AdamW's rate |")[1].split("\n\n")[0].splitlines()[2:]
+    shown = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines]
+    told = [f"{row['rate']:.0e}".replace("e-0", "e-") for row in ROWS]
+    values = [(*(row[m] for m in rates.SETTINGS), row["IVON's less AdamW's"]) for row in ROWS]
+    found = [[f"{v:.3f}".replace("0.", ".").replace("-", "−") for v in each] for each in values]
+    errors = [f"{row['s.e.']:.3f}".removeprefix("0") for row in ROWS]
+    assert shown == [
+        [t, a, i, f"{d}, {e}"] for t, (a, i, d), e in zip(told, found, errors, strict=True)
+    ]
