@@ -103,6 +103,9 @@ def of_adamw(adamw: AdamW, preset: Settings) -> Settings:
 
     Weights bear noise in proportion to the steps they take, σ² to the rate's square: below the
     preset's own rate λ grows by as much.
+
+    Raises:
+        ValueError: all rates are 0.
     """
     bound, own = preset["clip_radius"], list(_groups(adamw, AdamW, "amsgrad", "maximize"))
     rate = max(float(ours["lr"]) for _, ours in own)
