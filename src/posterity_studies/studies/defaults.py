@@ -193,11 +193,16 @@ def _folder(out: Path, task: Task, optimizer: str, seed: int) -> Path:
 
 
 def _row(title: str, each: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    gaps = [i - a for a, i in zip(each["adamw"], each["ivon"], strict=True)]
-    row: dict[str, Any] = {"method": title}
-    row |= {LABELS[o]: fmean(losses) for o, losses in each.items()}
+    means = {LABELS[o]: fmean(losses) for o, losses in each.items()}
+    gap = difference(each["adamw"], each["ivon"])
+    return {"method": title, **means, **gap, "seeds": len(each["ivon"])}
+
+
+def difference(adamw: Sequence[float], ivon: Sequence[float]) -> dict[str, Any]:
+    """IVON's loss less AdamW's with the same seeds, and its standard error, of one seed none."""
+    gaps = [i - a for a, i in zip(adamw, ivon, strict=True)]
     error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else ""
-    return row | {"IVON's less AdamW's": fmean(gaps), "s.e.": error, "seeds": len(gaps)}
+    return {"IVON's less AdamW's": fmean(gaps), "s.e.": error}
 
 
 def draw(path: Path, found: Mapping[str, Mapping[str, Sequence[float]]]) -> None:

@@ -6,15 +6,15 @@ over samples. On film reviews, NLL on the sentences to test with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from posterity_studies import finetune, jobs
 from posterity_studies.data import packages
 from posterity_studies.settings import FinetuneAdamw, FromAdamw
+from posterity_studies.studies.defaults import difference
 from posterity_studies.studies.pictures import label, picture
 from posterity_studies.subjects import TINY, MiniLM
 from posterity_studies.train import Progress
@@ -46,11 +46,8 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
 
 
 def _row(rate: float, each: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    adamw, ivon = each.values()
-    gaps = [i - a for a, i in zip(adamw, ivon, strict=True)]
-    error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else ""
     means = {method: fmean(losses) for method, losses in each.items()}
-    return {"rate": rate, **means, "IVON's less AdamW's": fmean(gaps), "s.e.": error}
+    return {"rate": rate, **means, **difference(*each.values())}
 
 
 def draw(path: Path, found: Losses) -> None:
