@@ -216,7 +216,7 @@ CLAIMS: tuple[Claim, ...] = (
         "The examples that a model is most sensitive to are the odd ones.",
         "pictures",
         "5 % of Fashion-MNIST's training labels made wrong",
-        "posterity study label-noise",
+        "posterity study label-noise --seeds 0 1 2",
         "label-noise/result.json",
         judges.wrong_labels,
     ),
