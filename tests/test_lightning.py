@@ -344,6 +344,23 @@ def test_a_posterior_lies_beside_every_checkpoint(tmp_path):
         assert_same(getattr(posterior, part), getattr(expected, part))
 
 
+def test_beside_weights_alone_lies_no_posterior_of_another_step(tmp_path):
+    saves = [
+        ModelCheckpoint(tmp_path / kind, every_n_train_steps=n, save_top_k=-1, **how)
+        for kind, n, how in (("whole", 4, {}), ("weights", 3, {"save_weights_only": True}))
+    ]
+    callback = PosteriorCallback()
+    fit(Classifier(), callback, *saves, enable_checkpointing=True, max_epochs=2)
+    whole, weights = (
+        sorted(p.name for p in (tmp_path / k).iterdir()) for k in ("whole", "weights")
+    )
+    assert len(whole) > 2
+    assert sum(name.endswith(".posterior.safetensors") for name in whole) == len(whole) / 2
+    assert len(weights) > 2
+    assert not any(name.endswith(".posterior.safetensors") for name in weights)
+    assert callback.saving is None
+
+
 def test_nothing_stays_behind():
     trainer = fit(Classifier(), PosteriorCallback())
     assert type(trainer.strategy.checkpoint_io) is TorchCheckpointIO

@@ -280,6 +280,29 @@ def test_the_best_model_loaded_at_the_end_has_its_own_posterior(model, tmp_path)
     assert not torch.equal(posterior.precision["classifier.weight"], last["classifier.weight"])
 
 
+def test_a_best_model_of_before_the_callback_has_no_posterior(model, tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "worth"}
+    its = trainer(model, tmp_path, **how, **best, max_steps=2)
+    its.compute_metrics = lambda _: {"worth": -its.state.global_step}
+    its.train()
+    again = trainer(model, tmp_path, [PosteriorCallback()], **how, **best)
+    again.compute_metrics = lambda _: {"worth": -again.state.global_step}
+    with pytest.warns(UserWarning, match="no posterior is saved: the best checkpoint has no"):
+        again.train(resume_from_checkpoint=True)
+    assert not (tmp_path / "posterior.safetensors").exists()
+    assert (tmp_path / "checkpoint-6" / "posterior.safetensors").exists()
+
+
+def test_in_a_search_the_posterior_lies_beside_its_trial_s_checkpoint(model, tmp_path, monkeypatch):
+    folder = str(tmp_path / "run-3")
+    monkeypatch.setattr(transformers.Trainer, "_get_output_dir", lambda self, trial: folder)
+    (tmp_path / "run-2" / "checkpoint-6").mkdir(parents=True)  # of an earlier trial
+    trainer(model, tmp_path, [PosteriorCallback()], save_strategy="steps", save_steps=6).train()
+    assert (tmp_path / "run-3" / "checkpoint-6" / "posterior.safetensors").exists()
+    assert not [*(tmp_path / "run-2" / "checkpoint-6").iterdir()]
+
+
 def test_of_a_peft_model_the_callback_saves_the_adapter_alone(model, tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")

@@ -38,7 +38,8 @@ class PosteriorCallback(Callback):
     - With ``diagnostics``, each validation logs the numbers of
       :meth:`posterity.IVON.diagnostics`, as ``posterior/noise_to_weight``.
     - Beside every checkpoint ``path`` lies ``path.posterior.safetensors``, for
-      :meth:`Posterior.load`; its names are the module's. It goes when the checkpoint goes.
+      :meth:`Posterior.load`; its names are the module's. It goes when the checkpoint goes. Beside
+      weights alone (``save_weights_only``) lies none: Lightning does not ask then.
 
     Args:
         samples: of the posterior, for each validation batch; 0 leaves validation alone.
@@ -70,7 +71,8 @@ class PosteriorCallback(Callback):
         self.samples, self.seed, self.save = samples, seed, save
         self.left_out, self.options = leave_one_out, options
         self.diagnostics = diagnostics
-        self.posterior: Posterior | None = None
+        self.posterior: Posterior | None = None  # of a validation
+        self.saving: Posterior | None = None  # for the file that is written next
         self._hook: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,7 +129,7 @@ class PosteriorCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.save and trainer.optimizers:  # on every rank: sharded parameters need all
-            self.posterior = _ivon(trainer).posterior(pl_module)
+            self.saving = _ivon(trainer).posterior(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._hook is not None:
@@ -163,8 +165,9 @@ class _Beside(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         self.inner.save_checkpoint(checkpoint, path, storage_options)
-        if self.owner.posterior is not None:
-            self.owner.posterior.save(f"{path}.posterior.safetensors")
+        posterior, self.owner.saving = self.owner.saving, None
+        if posterior is not None:  # Lightning asks for none beside weights alone
+            posterior.save(f"{path}.posterior.safetensors")
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.inner.load_checkpoint(path, *args, **kwargs)

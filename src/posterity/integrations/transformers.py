@@ -8,6 +8,7 @@ It calls ``optimizer.train()`` before each batch and ``optimizer.eval()`` before
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +82,20 @@ class PosteriorCallback(TrainerCallback):
     ) -> None:
         posterior = posterior_of(_ivon(given["optimizer"]), given["model"])
         if state.is_world_process_zero:
-            posterior.save(_folder(args) / f"checkpoint-{state.global_step}" / NAME)
+            posterior.save(_checkpoint(args, state.global_step) / NAME)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:
             # the weights are that checkpoint's now, but the optimizer's Hessian is the last step's
-            if state.is_world_process_zero:
-                shutil.copy(Path(state.best_model_checkpoint) / NAME, _folder(args) / NAME)
+            best = Path(state.best_model_checkpoint) / NAME
+            if state.is_world_process_zero and best.exists():
+                shutil.copy(best, _folder(args) / NAME)
+            elif state.is_world_process_zero:
+                warnings.warn(
+                    f"no posterior is saved: the best checkpoint has no {best}", stacklevel=2
+                )
             return
         posterior = posterior_of(_ivon(given["optimizer"]), given["model"])
         if state.is_world_process_zero:
@@ -123,6 +129,13 @@ def posterior_of(opt: IVON, model: nn.Module) -> Posterior:
 
 def _folder(args: TrainingArguments) -> Path:
     return Path(args.output_dir or ".")
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    """Where Trainer has just saved; a search keeps each trial's in a folder of its own."""
+    folder, name = _folder(args), f"checkpoint-{step}"
+    found = [path for path in (folder / name, *folder.glob(f"*/{name}")) if path.is_dir()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=folder / name)
 
 
 def _ivon(optimizer: Any) -> IVON:
