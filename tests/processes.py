@@ -9,12 +9,14 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from posterity import IVON, predict, reduce_per_rank
+from posterity import IVON, Posterior, predict, reduce_per_rank
 from posterity.binding import clean_name
 
 STEPS = 20
@@ -183,6 +185,21 @@ def narrowed(rank, ranks):
     return {"mean": {n: m.full_tensor().detach() for n, m in kept.items()}, "before": before}
 
 
+def frozen(rank, ranks):
+    """The posterior of a sharded network that is trained in part, saved and read."""
+    model = network().requires_grad_(False)
+    model[2].requires_grad_(True)
+    weight = model[0].weight.clone()
+    model = sharded(model, ranks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    posterior = IVON(trained, **SETTINGS).posterior(model)
+    with TemporaryDirectory() as folder:
+        posterior.save(Path(folder, "posterior.safetensors"))
+        posterior = Posterior.load(Path(folder, "posterior.safetensors"))
+    same = torch.equal(posterior.buffers["0.weight"], weight)
+    return {"mean": dict(posterior.mean), "same": same}
+
+
 def mixed(rank, ranks, **settings):
     """FSDP2 with a parameter that it leaves whole, whose gradient the user averages."""
     model = network()
@@ -256,12 +273,15 @@ def misplaced(rank, ranks):
         pass
     model = network()
     unseeded = IVON(model.parameters(), **{**SETTINGS, "seed": None})
+    unseeded.load_state_dict(unseeded.state_dict())  # as Accelerate does to move it
+    first = IVON(FullyShardedDataParallel(network(), use_orig_params=True).parameters(), **SETTINGS)
     posterior = IVON(model.parameters(), **SETTINGS).posterior(model)
     for attempt in (
         lambda: ours.load_state_dict(theirs.state_dict()),
         lambda: late.backward(),
         lambda: predict(model, posterior, data(0, rank, ranks)[0], samples=4, distributed=True),
         lambda: unseeded.sampled_params().__enter__(),
+        lambda: first.train(),
     ):
         try:
             attempt()

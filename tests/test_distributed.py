@@ -147,6 +147,11 @@ def test_a_step_notices_that_sharded_weights_have_become_bfloat16(tmp_path):
 
 
 @slow
+def test_the_posterior_of_a_sharded_network_holds_what_is_not_trained_whole(tmp_path):
+    assert torchrun(2, "frozen", tmp_path)["same"]
+
+
+@slow
 def test_fsdp2_beside_whole_parameters(tmp_path):
     same(torchrun(2, "mixed", tmp_path), alone())
 
@@ -176,11 +181,12 @@ def test_a_sample_that_one_rank_drops_parts_no_ranks(tmp_path):
 
 @slow
 def test_what_ranks_must_not_do_is_an_error(tmp_path):
-    state, late, parts, unseeded = torchrun(2, "misplaced", tmp_path)["said"]
+    state, late, parts, unseeded, first = torchrun(2, "misplaced", tmp_path)["said"]
     assert "set_optimizer_state_dict" in state
     assert "modified by an inplace operation" in late
     assert "every rank must pass all the data" in parts
     assert "ranks have not agreed on a seed yet" in unseeded
+    assert "torch.distributed.fsdp.fully_shard" in first
 
 
 @slow

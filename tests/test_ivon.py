@@ -1,5 +1,6 @@
 """Faults seen elsewhere, and points that bite: each has a test that it does not occur here."""
 
+import copy
 import gc
 import itertools
 import json
@@ -576,6 +577,18 @@ def test_hess_is_kept_in_float32_for_bfloat16_parameters(way):
     assert torch.equal(hess.to(BF16), torch.full_like(hess, LR["hess_init"]).to(BF16))
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float64])
+def test_a_state_that_is_saved_before_the_step_has_no_history(dtype):
+    model, opt = make(dtype=dtype, fused=False)
+    with opt.sampled_params(train=True):
+        opt.zero_grad()
+        backward(model)
+    saved = copy.deepcopy(opt.state_dict())
+    opt.step()
+    for state in (*saved["state"].values(), *opt.state.values()):
+        assert not any(value.requires_grad for value in state.values())
+
+
 def test_load_state_dict_keeps_float32():
     model, opt = make(dtype=BF16)
     for _ in range(3):
@@ -837,6 +850,16 @@ def test_frozen_integer_parameters_are_left_alone(way):
 def test_float8_parameters_are_a_clear_error(dtype):
     with pytest.raises(ValueError, match="float8"):
         IVON([nn.Parameter(torch.zeros(2).to(dtype))], **LR)
+
+
+def test_a_parameter_that_stands_twice_is_a_clear_error():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),  # torch's own
+        pytest.raises(ValueError, match="pass each once"),
+    ):
+        IVON([*first.parameters(), *second.parameters()], **LR)
 
 
 def test_meta_parameters_are_a_clear_error():

@@ -232,6 +232,7 @@ CHANGES = [
     {"debias": False},
     {"weight_decay": 0.0},
     {"betas": (0.0, 0.5)},
+    {"betas": (0.9, 1.0)},  # h rests
     {"lr": torch.tensor(0.1)},
     {"scale": 0.5, "product_scale": 0.25},
 ]
@@ -259,6 +260,20 @@ def test_step(changes, where, low, ops):
     assert all(t.item() == 4 for t in ours.steps)
     # σε is regenerated in float32 from θ's rounding: a bit more room where m is θ−σε
     close(ours, exact, rtol=2e-5 if s["hess_approx"] == "price" and not low else 4e-6)
+
+
+@pytest.mark.parametrize("approx", ["price", "gradsq"])
+def test_where_h_rests_no_gradient_reaches_it(approx, ops):
+    state = State(F32, on=device(ops))
+    before = [h.clone() for h in state.hess]
+    s = STEP | {"betas": (0.9, 1.0), "hess_approx": approx, "gradsq_scale": 8.0}
+    drawing, of = noise_of(state.params), (state.momentum, state.hess, state.steps)
+    grads = [torch.full_like(g, 3e38) for g in state.grads]
+    ops.step(state.params, state.means, grads, *of, drawing, False, **s)
+    assert all(map(torch.equal, state.hess, before))
+    infinite = [torch.full_like(h, math.inf) for h in state.hess]
+    ops.update(state.means, state.grads, infinite, *of, **s)
+    assert all(map(torch.equal, state.hess, before))
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
@@ -630,7 +645,7 @@ def test_settings_that_change_before_the_step_do_not_change_the_sample_it_saw(wa
     opt.param_groups[0].update(ess=1000.0, weight_decay=0.5)
     opt.step()
     state = [torch.zeros(4), torch.ones(4), torch.zeros(())]
-    group = {k: opt.param_groups[0][k] for k in SETTINGS}
+    group = {k: opt.param_groups[0][k] for k in SETTINGS} | {"ess": 10.0}  # as σ had it
     reference.update([mean], [grad], [grad * moved], *([t] for t in state), **group)
     torch.testing.assert_close(opt.state[w]["hess"], state[1])
 

@@ -142,6 +142,11 @@ def check(group: Group) -> None:
             words = re.findall(r"\w+", rule)
             shown = {k: group[k] for k in (*SETTINGS, *WHOLE) if k in words}
             raise ValueError(f"IVON needs {rule}; got {shown}")
+    if len({*map(id, group["params"])}) < len(group["params"]):
+        raise ValueError(
+            "a parameter stands twice in a group (tied weights?): pass each once, as "
+            "model.parameters() does, or list(dict.fromkeys(params))"
+        )
     for p in group["params"]:
         if p.requires_grad:
             check_trainable(p, group)
@@ -155,6 +160,11 @@ def check_trainable(p: Tensor, group: Group) -> None:
         raise ValueError(
             "IVON got a parameter on the meta device, which has no values: materialise the model "
             "(model.to_empty(device=...)) before building the optimizer"
+        )
+    if hasattr(p, "_fsdp_flattened"):
+        raise ValueError(
+            "IVON got a parameter of FullyShardedDataParallel, whose parts would all draw the same "
+            "noise: shard with torch.distributed.fsdp.fully_shard (in Accelerate fsdp_version: 2)"
         )
     if distributed.pieces(p) is not None and group["samples"] == "per_rank":
         raise ValueError(

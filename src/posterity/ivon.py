@@ -753,6 +753,8 @@ class IVON(Optimizer):
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
             settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
+            if draw is None:  # products of displacements by another λ, if it changed since
+                settings["ess"] = self._window.drawn.get(id(group), group["ess"])
             beta1, beta2 = group["betas"]
             settings["betas"] = beta1, 1.0 if half or self._rests else beta2**every
             state = run.momentum, run.hess, run.steps
@@ -821,6 +823,7 @@ class IVON(Optimizer):
 
     # -- checkpoints, copies, the posterior -------------------------------------------------------
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs beside the parameters' mean, never a perturbed weight.
 
@@ -850,6 +853,7 @@ class IVON(Optimizer):
             RuntimeError: inside ``sampled_params``.
         """
         self._outside("load_state_dict()")
+        seeded, seed = self._seeded, self._whole["seed"]
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
@@ -872,6 +876,7 @@ class IVON(Optimizer):
             lost = "the checkpoint lost the sums of its unfinished window; its samples are dropped"
             warnings.warn(lost, stacklevel=3)
         groups.share_counters(self.param_groups)
+        self._seeded = seeded or bool(seed != self._whole["seed"])
 
     def __getstate__(self) -> dict[str, Any]:
         if self._window.draw is not None:
@@ -913,8 +918,8 @@ class IVON(Optimizer):
             prior[name] = torch.as_tensor(ess * width["weight_decay"], dtype=mean[name].dtype)
         buffers: dict[str, Tensor] = {}
         if isinstance(model, nn.Module):
-            buffers.update(model.named_buffers())
-            buffers.update((name, p) for p, name in names.items())  # not trained
+            named = *model.named_buffers(), *((name, p) for p, name in names.items())  # not trained
+            buffers.update((name, distributed.whole(t)) for name, t in named)
         sizes = {group["ess"] for group in self.param_groups}
         return Posterior(
             mean,

@@ -37,6 +37,7 @@ class Window:
 
     def __init__(self):
         self.draw: Draw | None = None
+        self.drawn: dict[int, Any] = {}  # λ of the samples that are summed up, by group
         self.sealed: list[tuple[Tensor, Tensor | None, int]] = []
         self.aside: dict[int, Tensor] = {}  # the means, while an evaluation sample stands
         self.spare: Spare = {}
@@ -138,7 +139,7 @@ class Window:
             if SUMS[0] in state:
                 for name in SUMS:
                     state.pop(name, None)
-        self.draw, self.sealed = None, []
+        self.draw, self.drawn, self.sealed = None, {}, []
 
     def close(self, *, last: bool, checked: bool = False) -> bool:
         """Restore the mean and let the latest sample join the sums; whether it had a gradient.
@@ -162,7 +163,10 @@ class Window:
             if slot.param.grad is not None:  # GradScaler must see any sample's overflow
                 for name in SUMS:
                     slot.param.grad.add_(slot.state[name] * 0)
-        self.draw = None
+        self.draw, self.drawn = (
+            None,
+            {group: width["ess"] for group, (_, width) in draw.drawn.items()},
+        )
         held = [(s.param, s.param.grad) for s in draw.slots.values()]
         self.sealed = [(p, grad, 0 if grad is None else grad._version) for p, grad in held]
         return bool(slots)

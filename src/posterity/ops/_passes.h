@@ -288,7 +288,7 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const Nor
                    float debias) {
   alignas(64) float a[CHUNK], b[CHUNK], c[CHUNK], d[CHUNK], f[CHUNK], made[CHUNK];
   const bool low = row.flags & LOW, held = row.flags & HELD, regenerate = row.flags & REGENERATE;
-  const bool price = s.price;
+  const bool price = s.price, rests = s.rho == 0;
   const float *grads = row.grad_sum ? load(row.grad_sum, span, false, a)
                                     : load(row.grad, span, row.flags & LOW_GRAD, a);
   float *momentum = load(row.momentum, span, false, b), *hess = load(row.hess, span, false, c);
@@ -310,7 +310,7 @@ INLINE void update(const Row &row, const Scalars &s, const Span &span, const Nor
     product = row.grad_sum ? get(other + i) : g * (price ? product : g);
     const F before = at_least(h, s.least), was = get(momentum + i);
     const F mean_grad = was + s.momentum_rate * (g * s.grad - was);             // (3)
-    const F curved = (price ? product * u : product) * s.product;  // ĥ (2)
+    const F curved = rests ? before : (price ? product * u : product) * s.product;  // ĥ (2)
     const F r = s.rho * (curved - before);
     const F after = at_least(before + (r + r * r * reciprocal(u + u)), s.least);  // (4)
     put(mean_grad, momentum + i);
@@ -353,7 +353,7 @@ void run(const Job &job, int64_t begin, int64_t end) {
                   given.sign < 0 ? SIGN : 0};
     threefry<1>(key0, key1, &noise.k0, &noise.k1);
     const bool known = row.grad_sum || row.flags & HELD;
-    const bool noisy = job.pass == UPDATE ? row.flags & REGENERATE || (price && !known)
+    const bool noisy = job.pass == UPDATE ? row.flags & REGENERATE || (price && !known && s.rho != 0)
                                           : job.pass != ACCUMULATE || price;
     for (int64_t c = first; c < last; c++) {
       const int64_t base = c * CHUNK - row.start % CHUNK;

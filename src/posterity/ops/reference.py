@@ -121,8 +121,9 @@ def update(
         u = curvature(h, **prior)
         hhat = gd * (ess * u) if hess_approx == "price" else gd * gradsq_scale  # (2)
         g.lerp_(ghat, 1 - beta1)  # (3)
-        r = rho * (hhat - h)
-        h += r + r.square() / (2 * u)  # (4)
+        if rho:  # else h rests, whatever ĥ is
+            r = rho * (hhat - h)
+            h += r + r.square() / (2 * u)  # (4)
         h.clamp_min_(least)
         gbar = g / (1 - beta1 ** t.double()) if debias else g  # (5)
         step = (gbar + weight_decay * m) / curvature(h, **prior)  # (6), with the new h

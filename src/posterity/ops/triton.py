@@ -270,6 +270,7 @@ def _passes(
                     v += rate * (g * _float(header, 11) - v)  # (3)
                     scale = ess * u if PRICE else _float(header, 13)
                     r = rho * (product * _float(header, 12) * scale - before)  # with ĥ of (2)
+                    r = tl.where(rho == 0, 0.0, r)  # h rests, whatever ĥ is
                     h = _at_least(before + (r + r * r * (0.5 / u)), least)  # (4)
                     step = (v * debias + delta * m) / _at_least(h + delta, floor)  # (5), (6)
                     step = _at_least(step, -clip)
@@ -378,7 +379,7 @@ class Triton(Fused):
         away = at.is_cuda and device.index != torch.cuda.current_device()
         for launch in self._remembered(packed, _launches, device):
             if launch.programs:
-                price = settings.square_scale <= 0
+                price = settings.square_scale <= 0 and (kind != UPDATE or settings.rho != 0)
                 constants = launch.memory | {"PASS": kind, "PRICE": price, **SIZES}
                 given = header, launch.rows, len(launch.members), number
                 with torch.cuda.device(device) if away else nullcontext():
