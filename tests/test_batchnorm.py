@@ -162,6 +162,8 @@ def test_errors():
     model, q = layer()
     with pytest.raises(ValueError, match="no data"):
         update_bn(model, q, [])
+    with pytest.raises(TypeError, match="needs batches"):
+        update_bn(model, q, torch.randn(8, 3))
     with pytest.raises(ValueError, match="negative"):
         update_bn(model, q, BATCHES, samples=-1)
     plain = nn.Sequential(model[0], nn.BatchNorm1d(4, track_running_stats=False))

@@ -925,6 +925,28 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    "bad", [{"ess": "64"}, {"ess": None}, {"lr": None}, {"betas": 0.9}], ids=str
+)
+def test_settings_of_another_kind(bad):
+    with pytest.raises(TypeError, match=next(iter(bad))):
+        make(**bad)
+
+
+def test_a_posterior_needs_names():
+    model, opt = make()
+    with pytest.raises(TypeError, match="named_parameters"):
+        opt.posterior(model.parameters())
+
+
+def test_the_checkpoint_of_another_optimizer_that_has_not_stepped():
+    model, opt = make()
+    before = copy.deepcopy(opt.param_groups[0]["lr"])
+    with pytest.raises(ValueError, match="another optimizer's checkpoint"):
+        opt.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    assert opt.param_groups[0]["lr"] == before
+
+
 @pytest.mark.parametrize(("words", "bad"), [(w, b) for w, bads in BAD.items() for b in bads])
 def test_settings_out_of_range(words, bad):
     with pytest.raises(ValueError, match="IVON needs") as error:

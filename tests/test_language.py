@@ -82,6 +82,38 @@ def test_perplexity_is_that_of_predict_on_the_same_samples(gpt):
     assert torch.equal(found.scored, torch.ones_like(TOKENS).cumsum(1) > 1)
 
 
+class Placed(nn.Module):
+    """With absolute places, which it counts from the first column unless it is told."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY)
+        self.places = nn.Embedding(24, 6)
+
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        seen = self.tokens(input_ids) + self.places(position_ids)
+        summed = (seen * attention_mask[..., None]).cumsum(1)
+        return SimpleNamespace(logits=self.head(summed))
+
+
+def test_padding_on_the_left_changes_no_score(gpt):
+    model = Placed(gpt)
+    q = around(model)
+    alone = perplexity(model, q, {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)})
+    for side in ("left", "right"):
+        width = (3, 0) if side == "left" else (0, 3)
+        padded = {
+            "input_ids": nn.functional.pad(TOKENS, width),
+            "attention_mask": nn.functional.pad(torch.ones_like(TOKENS), width),
+        }
+        found = perplexity(model, q, padded)
+        torch.testing.assert_close(found.per_sequence, alone.per_sequence)
+    told = padded | {"position_ids": torch.zeros_like(padded["input_ids"])}
+    assert not torch.allclose(perplexity(model, q, told).per_sequence, alone.per_sequence)
+
+
 def test_perplexity_against_a_loop(gpt):
     q = around(gpt)
     found = perplexity(gpt, q, TOKENS, samples=6, seed=5)

@@ -313,3 +313,13 @@ def test_bad_options():
             metric(PROBS, TARGETS)
     with pytest.raises(ValueError, match="'in' or 'out'"):
         metrics.aupr(torch.ones(1), torch.ones(1), positive="yes")
+
+
+def test_one_hot_targets_and_arrays_are_errors():
+    probs, targets = torch.rand(64, 3).softmax(-1), torch.randint(3, (64,))
+    with pytest.raises(ValueError, match="one-hot"):
+        metrics.nll(probs, torch.nn.functional.one_hot(targets, 3))
+    with pytest.raises(TypeError, match="needs tensors"):
+        metrics.accuracy(probs.numpy(), targets.numpy())
+    several = torch.rand(64, 3), torch.randint(2, (64, 3))  # P(y=1) of three questions each
+    assert math.isfinite(metrics.nll(*several))

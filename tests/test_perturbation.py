@@ -332,6 +332,16 @@ def test_a_sequence_is_one_example_of_many_targets():
     torch.testing.assert_close(matrix.sensitivity, found.sensitivity, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_padding_changes_no_score(full):
+    model, (tokens, _) = gpt()
+    posterior, targets = around(model, ess=21), tokens[:, 1:5]
+    short = perturb(model, posterior, (tokens[:, :4], targets), full=full)
+    padded = nn.functional.pad(targets, (0, 2), value=metrics.IGNORED)
+    found = perturb(model, posterior, (tokens, padded), full=full)
+    torch.testing.assert_close(found.sensitivity, short.sensitivity)
+
+
 def test_loaders_datasets_and_mappings_are_the_same_data():
     model = network()
     posterior, (x, y) = around(model, ess=30), pairs()

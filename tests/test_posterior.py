@@ -601,6 +601,20 @@ def test_every_fault_of_a_file_is_one_clear_error(tmp_path, fault):
     assert str(path) in str(error.value)
 
 
+def test_a_folder_that_is_a_file_s_name_or_is_missing(tmp_path, net):
+    with pytest.raises(IsADirectoryError, match="name the file in it"):
+        Posterior.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        of(net).save(tmp_path / "none" / "q.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_covariance_is_where_its_vector_is(net, share):
+    q = of(net).prune_share(share)
+    found = q.covariance({name: m.to("meta") for name, m in q.mean.items()})
+    assert all(value.is_meta for value in found.values())
+
+
 def test_a_truncated_file_is_an_error_wherever_it_ends(tmp_path):
     path = tmp_path / "q"
     rich().save(path)

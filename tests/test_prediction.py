@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Categorical
 from torch.utils.data import DataLoader, TensorDataset
 
-from posterity import Mixture, Posterior
+from posterity import IVON, Mixture, Posterior
 from posterity.prediction import predict
 
 
@@ -354,6 +354,9 @@ def test_data_that_change_their_length_are_an_error(net, x):
 def test_empty_and_ragged_data(net, x):
     with pytest.raises(ValueError, match="no data"):
         predict(net, around(net), [])
+    with pytest.raises(ValueError, match="no data"):
+        predict(net, around(net), x[:0])
+    assert len(predict(net, around(net), [x, x[:0]]).probs) == len(x)
     with pytest.raises(ValueError, match="batches differ"):
         predict(Language(), None, [torch.ones(2, 3).long(), torch.ones(2, 4).long()])
 
@@ -372,6 +375,26 @@ def test_empty_and_ragged_data(net, x):
 def test_invalid_arguments(net, x, arguments, message):
     with pytest.raises(ValueError, match=message):
         predict(net, around(net), x, **arguments)
+
+
+def test_arguments_of_another_kind_say_what_is_meant(net, x):
+    q, opt = around(net), IVON(net.parameters(), 0.1, ess=10.0)
+    for posterior in ("posterior.safetensors", opt, net.state_dict()):
+        with pytest.raises(TypeError, match=r"Posterior\.load\(path\) reads one"):
+            predict(net, posterior, x)
+    with pytest.raises(TypeError, match="the model is a Posterior"):
+        predict(q, net, x)
+    with pytest.raises(TypeError, match="from_numpy"):
+        predict(net, q, x.numpy())
+
+
+def test_one_example_without_its_dimension_is_an_error():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"x\[None\] for one"):
+        predict(model, around(model), torch.randn(3))
+    assert predict(nn.Linear(3, 1), None, torch.randn(3), likelihood="bernoulli").probs.shape == (
+        1,
+    )
 
 
 def test_outputs_that_cannot_be_predictions(net, x):
@@ -467,6 +490,23 @@ def test_functional_gives_the_same(net, x, kind):
         assert torch.equal(getattr(got, name), getattr(expected, name))
     assert [p._version for p in net.parameters()] == versions
     assert all(m.training for m in net.modules())
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_model_that_writes_its_buffers_leaves_the_posteriors_alone(functional):
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            return super().forward(x) + self.seen
+
+    model = Counting()
+    q = around(model, buffers={"seen": torch.zeros(())})
+    predict(model, q, torch.randn(5, 3), 4, functional=functional)
+    assert q.buffers["seen"] == 0
 
 
 def test_functional_with_tied_low_precision_and_wrapped_weights():

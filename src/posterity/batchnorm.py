@@ -57,6 +57,8 @@ def update_bn(
     }
     if not norms:
         raise ValueError("the model has no BatchNorm layer that keeps running statistics")
+    if isinstance(loader, torch.Tensor):
+        raise TypeError("needs batches, not one tensor: pass x.split(64), or a loader")
     if samples < 0:
         raise ValueError(f"a negative number of samples: {samples}")
     kept = {

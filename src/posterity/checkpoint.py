@@ -42,6 +42,10 @@ def check(groups: list[Group], loaded: dict[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint's groups hold {theirs} parameters, the optimizer's {ours}"
         )
+    if not all("ess" in group for group in loaded["param_groups"]):
+        raise ValueError(
+            "no settings of IVON in the groups. Is this another optimizer's checkpoint?"
+        )
     for p, number, _ in matched(groups, loaded):
         state = loaded["state"].get(number, {})
         if state and not {"step", "momentum", "hess"} <= state.keys():

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from functools import partial
+from numbers import Real
 from statistics import fmean
 from typing import Any
 
@@ -20,6 +21,7 @@ SETTINGS = (  # of one group
     *("lr", "ess", "hess_init", "betas", "weight_decay", "clip_radius"),
     *("hess_approx", "gradsq_scale", "rescale_lr", "debias"),
 )
+NUMBERS = ("lr", "ess", "weight_decay", "clip_radius")
 COUNTERS = ("seed", "draws", "eval_draws", "pending", "hess_age")  # of the noise, and of h
 FIXED = (  # of the optimizer: the same in every group
     *("mc_samples", "antithetic", "hess_every", "fused", "store_mean", "samples", "capturable"),
@@ -103,6 +105,11 @@ def plain(group: Group) -> Group:
 
 def check(group: Group) -> None:
     """Raise ValueError for a setting out of its range or a parameter that cannot be trained."""
+    odd = {k: group[k] for k in NUMBERS if not isinstance(group[k], (Real, Tensor))}
+    if odd:
+        raise TypeError(f"IVON needs numbers; got {odd}")
+    if len(group["betas"] if isinstance(group["betas"], (tuple, list)) else ()) != 2:
+        raise TypeError(f"betas is a pair, of momentum and Hessian; got {group['betas']!r}")
     beta1, beta2 = group["betas"]
     scale = 1 if group["hess_approx"] == "price" else group["gradsq_scale"] or 0
     hess_init = group["hess_init"]

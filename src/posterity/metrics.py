@@ -40,9 +40,14 @@ TOLERANCE = 5e-3  # of sums of probabilities; bfloat16 rounds them by 2e-3
 
 def _checked(probs: Tensor, targets: Tensor, log: bool = False) -> tuple[Tensor, Tensor]:
     """As (examples, classes) and (examples,), without the ignored."""
+    if not (isinstance(probs, Tensor) and isinstance(targets, Tensor)):
+        raise TypeError(f"needs tensors, not {type(probs).__name__} and {type(targets).__name__}")
     if targets.is_floating_point() or targets.is_complex():
         raise ValueError(f"targets are class numbers, not {targets.dtype}")
     if not log and probs.shape == targets.shape:
+        chosen = probs.dim() > 1 and (targets.sum(-1) == 1).all()
+        if chosen and ((probs.sum(-1) - 1).abs() <= TOLERANCE).all():
+            raise ValueError("targets look one-hot: needs class numbers, targets.argmax(-1)")
         probs = torch.stack([1 - probs, probs], -1)
     if probs.dim() < 1 or probs.shape[:-1] != targets.shape:
         raise ValueError(

@@ -245,6 +245,8 @@ def perturb(
             v = variances(inputs, f, e)
             move = v * e if form == "diagonal" else v if form == "product" else times(v, e)
             score = move if full else _slope(f, likelihood) * move
+            if likelihood == "categorical":  # outputs that have no target do not count
+                score = score.masked_fill((y == IGNORED)[..., None], 0)
             shift = factor * move
             if order == 2:
                 w = factor * (v if full else v.reshape(len(v), -1).diag_embed())

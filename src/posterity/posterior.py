@@ -170,9 +170,12 @@ class Posterior:
 
         Further dimensions may come first: (…, *shape of the mean).
         """
-        spread = {n: v / self.precision[n].to(_wide(self.precision[n])) for n, v in vector.items()}
+        spread = {
+            n: v / self.precision[n].to(v.device, _wide(self.precision[n]))
+            for n, v in vector.items()
+        }
         for name, pruned in (self.pruned or {}).items():
-            spread[name].masked_fill_(pruned, 0)
+            spread[name].masked_fill_(pruned.to(spread[name].device), 0)
         return spread
 
     def hessian(self) -> Tensors:
@@ -237,8 +240,8 @@ class Posterior:
         return ops.choose(target, None) if fits else ops.reference
 
     def state(self, seed: int, index: int) -> Tensors:
-        """All that sample ``index`` writes into a model: :meth:`sample`, and the buffers."""
-        return self.sample(seed, index) | self.buffers
+        """All that sample ``index`` writes into a model: :meth:`sample`, and copied buffers."""
+        return self.sample(seed, index) | {name: b.clone() for name, b in self.buffers.items()}
 
     @contextmanager
     def sampled(self, model: nn.Module, seed: int, index: int) -> Iterator[nn.Module]:
@@ -376,7 +379,8 @@ class Posterior:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a truncated, foreign, newer or damaged file; the message has the path.
+            ValueError: a truncated, foreign or newer file, or one with impossible values; the
+                message has the path. There is no checksum: a flipped bit may go unseen.
         """
         with loaded(path, cls.FORMAT) as (tensors, facts):
             return cls._unpacked(tensors, facts)

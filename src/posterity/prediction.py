@@ -147,6 +147,7 @@ def predict(
 
     Source: Shen et al. 2024, arXiv 2402.17641, section 4.2.
     """
+    _check(model, posterior, data)
     if likelihood not in ("categorical", "bernoulli", "gaussian"):
         raise ValueError(f"unknown likelihood {likelihood!r}")
     if average not in ("probs", "logits") or (average == "logits" and likelihood == "gaussian"):
@@ -154,7 +155,9 @@ def predict(
     if noise is not None and likelihood != "gaussian":
         raise ValueError(f"a {likelihood} likelihood has no noise")
     if samples < 1:
-        raise ValueError(f"needs at least one sample, not {samples}")
+        raise ValueError(
+            f"needs at least one sample, not {samples}; posterior=None takes the model as it is"
+        )
     samples = 1 if posterior is None else samples
     shared = distributed and posterior is not None and not ranks.alone()
     if shared and samples < ranks.world():
@@ -173,7 +176,7 @@ def predict(
                     if index == mine[0]:
                         totals.append(make())
                     totals[number].add(forward(batch))
-    if not totals:
+    if not any(len(running) for running in totals):
         raise ValueError("there are no data")
     if shared:
         _agree(batches)
@@ -210,6 +213,19 @@ class _Running:
         return self.spread / self.count
 
 
+def _check(model: Any, posterior: Any, data: Any) -> None:
+    """Raise TypeError for what is no module, no posterior, or no data of torch's."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"predict(model, posterior, data): the model is a {type(model).__name__}")
+    if posterior is not None and not hasattr(posterior, "sampled"):
+        raise TypeError(
+            f"the posterior is a {type(posterior).__name__}: Posterior.load(path) reads one, "
+            "opt.posterior(model) makes one, and None takes the model as it is"
+        )
+    if type(data).__module__ == "numpy":
+        raise TypeError("the data are numpy's: pass torch.from_numpy(x)")
+
+
 class _Classes:
     """Running totals of one batch's class probabilities."""
 
@@ -221,6 +237,11 @@ class _Classes:
 
     def add(self, output: Any) -> None:
         logits = floats(output)
+        if logits.dim() < 2 - self.bernoulli:
+            raise ValueError(
+                f"the model gave {tuple(logits.shape)}, not (examples, …): the data's first "
+                "dimension is that of examples, x[None] for one"
+            )
         if self.bernoulli:
             log_probs = torch.stack([logsigmoid(-logits), logsigmoid(logits)], -1)
         elif logits.shape[-1] > 1:
@@ -231,6 +252,9 @@ class _Classes:
         self.probs.add(probs)
         self.entropy.add(entropy(probs))
         self.total = log_probs if self.total is None else self.join(self.total, log_probs)
+
+    def __len__(self) -> int:
+        return len(self.probs.mean)
 
     def merge(self) -> None:
         """Take up what the other ranks have seen."""
@@ -276,6 +300,9 @@ class _Gaussian:
             noise_variance = torch.as_tensor(self.noise, dtype=mean.dtype, device=mean.device) ** 2
         self.location.add(mean)
         self.noises.add(noise_variance.expand_as(mean))
+
+    def __len__(self) -> int:
+        return len(self.location.mean)
 
     def merge(self) -> None:
         """Take up what the other ranks have seen."""

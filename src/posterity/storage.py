@@ -38,6 +38,8 @@ def save(
     from . import __version__  # not there yet when this module is imported
 
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     told = {"format": form, "version": str(VERSION)}
     made = {"posterity": __version__, **facts}
@@ -92,6 +94,8 @@ def _bytes(value: Tensor) -> Any:
 @contextmanager
 def loaded(path: str | Path, form: str) -> Iterator[tuple[Tensors, dict[str, Any]]]:
     """The tensors and facts of a file; any fault, in the body's use of them too, names the file."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the file in it")
     try:
         with safe_open(str(path), "pt") as file:
             told = dict(file.metadata() or {})

@@ -30,7 +30,7 @@ class Gaussian(Protocol):
         ...
 
     def state(self, seed: int, index: int) -> Tensors:
-        """Sample ``index`` and the buffers; only for ``variance="samples"``."""
+        """Sample ``index``, and copies of the buffers; only for ``variance="samples"``."""
         ...
 
 
@@ -146,7 +146,7 @@ def sampled(
     first = torch.zeros_like(flat)
     second = other = torch.zeros(()).to(flat)
     for index in range(samples):
-        state = placed(model, posterior.state(seed, index) | copies(posterior.buffers))
+        state = placed(model, posterior.state(seed, index))
         d = (floats(call(model, inputs, state)) - f).view_as(flat)
         left = d[:, :, None] if form == "matrix" else d
         first += d

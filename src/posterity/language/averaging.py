@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -42,6 +44,22 @@ def number(posterior: Samples | None, samples: int) -> int:
     if samples < 1:
         raise ValueError(f"needs at least one sample, not {samples}")
     return 1 if posterior is None else samples
+
+
+def placing(model: nn.Module, batch: Any) -> Any:
+    """The batch; with its tokens' places where padding on the left would shift them.
+
+    Transformers' models count from the first column otherwise. Those without ``position_ids`` get
+    none.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is None or "position_ids" in batch or bool(mask[:, 0].all()):
+        return batch
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+    if "position_ids" not in signature(base.forward).parameters:  # pyright: ignore
+        return batch
+    places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {**batch, "position_ids": places[:, -batch["input_ids"].shape[1] :]}
 
 
 def holding(

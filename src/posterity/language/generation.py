@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
 from ..binding import Samples, call, evaluating, floats, placed
-from .averaging import Average, holding, number
+from .averaging import Average, holding, number, placing
 
 CACHES = ("cache", "past_key_values")  # transformers' newer and older name of it
 
@@ -54,7 +54,7 @@ def generate(
         model: a causal language model. Runs in eval mode, without gradients.
         posterior: a Posterior, a Mixture, or None for the model as it stands.
         prompt: tokens (batch, tokens), or a mapping of ``input_ids`` and ``attention_mask``.
-            Padding belongs on the left; the model is then told ``position_ids`` too.
+            Padding belongs on the left; a model that takes ``position_ids`` is then told.
         max_new_tokens: how many, at most.
         samples: S; sample s is ``posterior.sample(seed, s)``, the same for every token.
         temperature: 0 takes the most probable token; otherwise it is drawn from p̄^(1/temperature).
@@ -128,14 +128,13 @@ class _Reader:
         samples: int,
         cache: bool | None,
     ):
-        self.named = isinstance(prompt, Mapping)
+        self.model, self.named = model, isinstance(prompt, Mapping)
         inputs = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
         if "input_ids" not in inputs or inputs.keys() - {"input_ids", "attention_mask"}:
             raise ValueError("a prompt is a tensor, or input_ids and attention_mask by name")
         self.tokens, self.mask = inputs["input_ids"], inputs.get("attention_mask")
         if self.tokens.dim() != 2 or not self.tokens.numel():
             raise ValueError(f"a prompt needs (batch, tokens), not {tuple(self.tokens.shape)}")
-        self.padded = self.mask is not None and not bool(self.mask.all())
         if self.mask is not None and not bool(self.mask[:, -1].all()):
             raise ValueError("the prompts are padded on the right: pad them on the left")
         self.new = self.tokens
@@ -149,9 +148,7 @@ class _Reader:
         batch: dict[str, Any] = {"input_ids": new}
         if self.mask is not None:
             batch["attention_mask"] = self.mask
-        if self.mask is not None and self.padded:
-            places = self.mask.long().cumsum(-1) - 1
-            batch["position_ids"] = places.clamp(min=0)[:, -new.shape[1] :]
+        batch = placing(self.model, batch)
         if self.caching:
             batch |= {"use_cache": True, **self.caches[index]}
         output = forward(batch if self.named or self.caching else new)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..batches import Pairs
 from ..binding import Samples, call, evaluating, floats
 from ..metrics import IGNORED
-from .averaging import Average, holding, number
+from .averaging import Average, holding, number, placing
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,8 @@ def perplexity(
         posterior: a Posterior, a Mixture (``samples`` is its total), or None for the model as it
             stands.
         data: tokens (sequences, tokens); a mapping of the model's keyword arguments with
-            ``input_ids``, maybe ``attention_mask`` and ``labels`` (not shifted, as Hugging Face's);
+            ``input_ids``, maybe ``attention_mask`` and ``labels`` (not shifted, as Hugging Face's;
+            where padding is on the left, a model that takes ``position_ids`` is told);
             a pair, of either and labels; a Dataset; or batches of any of these, whose lengths may
             differ. Without labels the tokens themselves are scored.
         samples: S; sample s is ``posterior.sample(seed, s)``.
@@ -103,6 +104,7 @@ def perplexity(
     with evaluating(model), torch.no_grad():
         for batch in (progress or iter)(data):
             inputs, labels = _labelled(batch)
+            inputs = placing(model, inputs)
             scores = _Scores(labels, _scored(inputs, labels, ignore_index))
             for index in range(samples):
                 with holding(model, posterior, seed, index):
