@@ -235,12 +235,12 @@ def scored(
     groups = [padded(ordered[i : i + 50]) for i in range(0, len(ordered), 50)]
     asked = _Classes(model, subject)
     shared = samples >= ranks.world()
-    probs = torch.cat(
-        [predict(asked, posterior, [x], samples, distributed=shared).probs.cpu() for x, _ in groups]
-    )
+    found = [predict(asked, posterior, [x], samples, distributed=shared) for x, _ in groups]
+    probs = torch.cat([each.probs.cpu() for each in found])
+    log_probs = torch.cat([each.log_probs.cpu() for each in found])
     targets = torch.cat([y.cpu() for _, y in groups])
     return {
         "accuracy": metrics.accuracy(probs, targets),
-        "nll": metrics.nll(probs, targets),
+        "nll": metrics.nll(log_probs, targets, log=True),
         "ece": metrics.ece(probs, targets, 20),
     }

@@ -48,8 +48,8 @@ class Predict:
             raise UserError("--abstain-at takes an error rate between 0 and 1")
         result, model, posterior = runs.load_sampled(self.run, self.samples)
         known = data.known(result["data"])
-        pixels = torch.stack([data.read_image(path, known.colour) for path in self.images])
-        found = predict(model, posterior, known.normalise(pixels), samples=self.samples)
+        pixels = torch.stack([known.read(path) for path in self.images])
+        found = predict(model, posterior, known.normalise(pixels), samples=self.samples or 1)
         rule = self._rule(result, model, posterior) if self.abstain_at is not None else None
         told = []
         for path, probs, entropy, information in zip(

@@ -60,10 +60,14 @@ def overridden(settings: Settings, optimizer: str, overrides: Iterable[str]) -> 
             known = ", ".join(f.name for f in fields(settings))
             raise UserError(f"{optimizer} has no setting {key!r}; there are {known}")
         try:
-            changes[key] = get_type_hints(type(settings))[key](value)
+            whole = get_type_hints(type(settings))[key] is int  # others may be float | None
+            changes[key] = (int if whole else float)(value)
         except ValueError:
             raise UserError(f"{override!r}: expected {key}=NUMBER") from None
-    return replace(settings, **changes)
+    try:
+        return replace(settings, **changes)
+    except ValueError as error:
+        raise UserError(f"{optimizer} {error}") from None
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,13 @@ class Ivon:
     memory: float = 1e4
     clip_radius: float = math.inf
 
+    def __post_init__(self):
+        if not (self.temperature > 0 and self.memory >= 1):
+            raise ValueError(
+                "needs temperature > 0, the training examples over λ, and memory >= 1, the steps "
+                f"that h remembers; got {self.temperature} and {self.memory}"
+            )
+
     def build(self, model: nn.Module, n_train: int, steps: int, seed: int) -> torch.optim.Optimizer:
         """The optimizer for a model."""
         return IVON(

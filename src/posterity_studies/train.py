@@ -337,7 +337,7 @@ def evaluate(
         raise Diverged("the training diverged: the model's outputs are not finite. Lower the lr")
     found: dict[str, Any] = {
         "accuracy": metrics.accuracy(probs, targets),
-        "nll": metrics.nll(probs, targets),
+        "nll": metrics.nll(prediction.log_probs[:n].cpu(), targets, log=True),
         "ece": metrics.ece(probs, targets, bins=20),
         "brier": metrics.brier(probs, targets),
     }

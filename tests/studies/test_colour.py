@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from posterity_studies import data
-from posterity_studies.data import colour, read_image, sources
+from posterity_studies.data import colour, sources
 
 N = 4
 
@@ -119,8 +119,32 @@ def test_a_users_picture_is_read_in_colour(tmp_path):
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[..., 0] = 250
     (tmp_path / "red.png").write_bytes(png(picture))
-    assert read_image(tmp_path / "red.png", colour=True)[16, 16].tolist() == [250, 0, 0]
-    assert read_image(tmp_path / "red.png").shape == (28, 28)
+    read = {name: listing.read(tmp_path / "red.png") for name, listing in data.LISTINGS.items()}
+    assert read["cifar10"][16, 16].tolist() == [250, 0, 0]
+    shapes = {name: tuple(image.shape) for name, image in read.items()}
+    assert shapes["mnist"] == (28, 28)
+    assert shapes["dermamnist"] == (28, 28, 3)
+    assert shapes["cifar10"] == (32, 32, 3)
+    assert shapes["tinyimagenet"] == (64, 64, 3)
+
+
+def test_a_users_picture_is_cut_as_imagenets_are(tmp_path):
+    picture = np.full((256, 300, 3), 200, np.uint8)
+    picture[:16] = picture[-16:] = picture[:, :38] = picture[:, -38:] = 0  # is cut off
+    (tmp_path / "framed.png").write_bytes(png(picture))
+    seen = data.LISTINGS["imagenet"].read(tmp_path / "framed.png")
+    assert seen.shape == (224, 224, 3)
+    assert (seen == 200).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 28, 28), (2, 32, 32, 3), (2, 64, 64, 3)], ids=str)
+def test_unknown_images_have_the_side_of_those_a_network_knows(shape):
+    tiny = data.LISTINGS["tinyimagenet"]
+    images = torch.full(shape, 7, dtype=torch.uint8)
+    seen = tiny.as_seen(images)
+    assert seen.shape == (2, 64, 64, 3)
+    assert seen.dtype == torch.uint8
+    assert (seen[:, 20:40, 20:40] == 7).all()
 
 
 @pytest.mark.slow

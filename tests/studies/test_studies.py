@@ -23,7 +23,18 @@ from safetensors import SafetensorError, safe_open
 
 from posterity import __version__, predict
 from posterity.selective import abstention
-from posterity_studies import cli, compare, data, recipes, runs, studies, tasks, train, tune
+from posterity_studies import (
+    cli,
+    compare,
+    data,
+    finetune,
+    recipes,
+    runs,
+    studies,
+    tasks,
+    train,
+    tune,
+)
 from posterity_studies.recipes import UserError
 from posterity_studies.train import silent
 
@@ -446,6 +457,9 @@ def test_folder_of_something_else_is_refused(tmp_path, folder):
         ("train", "smoke", "--set", "lr=fast"),
         ("train", "smoke", "--epochs", "0"),
         ("train", "smoke", "--set", "hess_init=-1"),
+        ("train", "smoke", "--set", "temperature=0"),
+        ("train", "smoke", "--set", "temperature=-1"),
+        ("train", "smoke", "--set", "memory=0"),
         ("train", "smoke", "--validation", "100000"),
         ("compare", "smoke", "--samples", "-1"),
         ("evaluate", "nosuch"),
@@ -511,6 +525,31 @@ def test_predict_abstains_where_the_promised_risk_asks_for_it(run, call, tmp_pat
         call("predict", copy, tmp_path / "a.png", "--samples", 4, "--abstain-at", 0.001)
     )
     assert "between 0 and 1" in one_line(call("predict", copy, "x.png", "--abstain-at", 1.5))
+
+
+def test_predict_at_the_mean(run, call, tmp_path):
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    done = call("predict", run, tmp_path / "a.png", "--samples", 0, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["mutual_information"] == 0
+
+
+def test_every_setting_of_every_optimizer_takes_a_number():
+    of_recipes = [recipes.recipe(name).optimizers for name in recipes.RECIPES]
+    for settings in [s for each in (*of_recipes, finetune.OPTIMIZERS) for s in each.values()]:
+        numbers = [f for f in fields(settings) if f.init and f.name != "task"]
+        for field in numbers:
+            changed = recipes.overridden(settings, "ivon", [f"{field.name}=20"])
+            assert getattr(changed, field.name) == 20
+            with pytest.raises(UserError, match="expected"):
+                recipes.overridden(settings, "ivon", [f"{field.name}=much"])
+
+
+def test_one_sure_mistake_leaves_the_nll_finite():
+    model = torch.nn.Linear(1, 2, bias=False)
+    model.weight.data = torch.tensor([[400.0], [0.0]])
+    inputs, targets = torch.ones(10, 1), torch.tensor([0] * 9 + [1])
+    assert train.evaluate(model, None, (inputs, targets))["nll"] == pytest.approx(40.0)
 
 
 def test_predict_names_the_class(run, call, tmp_path):

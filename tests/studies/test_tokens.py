@@ -131,6 +131,26 @@ def test_wrong_input_gets_one_line(corpus, tmp_path, call):
         tokens.load(out)
 
 
+@pytest.mark.parametrize("files", [1, 30])
+def test_a_small_corpus_too_has_a_part_to_test_with(files, vocabulary, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for k in range(files):
+        (folder / f"{k}.txt").write_text("the cat\n" * (70_000 if files == 1 else 10))
+    corpus = folder / "0.txt" if files == 1 else folder
+    facts = tokens.prepare(str(corpus), tmp_path / "out")
+    assert 0 < facts["held"] < facts["train"] / 10
+
+
+def test_two_processes_do_not_share_a_folder_of_tokens(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with runs.occupied(out), pytest.raises(UserError, match="another process is at work"):
+        tokens.prepare(str(corpus), out)
+    tokens.prepare(str(corpus), out)
+    with runs.occupied(out):  # it is finished: anyone may read
+        tokens.prepare(str(corpus), out)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "ivon"])
 def test_the_papers_recipe_takes_its_first_steps(optimizer, corpus, tmp_path, call, monkeypatch):
     """All of it but the size: bf16, warm-up, micro-batches, each optimizer's settings."""

@@ -55,8 +55,8 @@ def placing(model: nn.Module, batch: Any) -> Any:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is None or "position_ids" in batch or bool(mask[:, 0].all()):
         return batch
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
-    if "position_ids" not in signature(base.forward).parameters:  # pyright: ignore
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    if "position_ids" not in signature(base.forward).parameters:
         return batch
     places = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {**batch, "position_ids": places[:, -batch["input_ids"].shape[1] :]}

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from posterity_studies.data import cache, colour, idx, imagenet, published, sour
 from posterity_studies.data.cache import Arrays, DataError
 from posterity_studies.data.picture import read_image
 
-__all__ = ["LISTINGS", "DataError", "DataSet", "Listing", "Source", "Split", "load", "read_image"]
+__all__ = ["LISTINGS", "DataError", "DataSet", "Listing", "Source", "Split", "load"]
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ class Listing(Origin):
     """What is known of a data set of images beforehand.
 
     `mean` and `std` are those of the training pixels divided by 255, one per channel; empty where
-    they are measured when the data are loaded.
+    they are measured when the data are loaded. Images are squares of `side` pixels.
     """
 
     class_names: tuple[str, ...]
+    side: int = 32
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -81,16 +83,27 @@ class Listing(Origin):
         return len(self.mean) != 1
 
     def as_seen(self, images: Tensor) -> Tensor:
-        """Images of another data set as this one's: grey (n, 28, 28) to colour (n, 32, 32, 3).
+        """Images of another data set as this one's: grey (n, 28, 28) in colour, and of its side.
 
         Raises ValueError where colour would have to become grey.
         """
-        if self.colour == (images.ndim == 4):
-            return images
-        if not self.colour:
+        if not self.colour and images.ndim == 4:
             raise ValueError(f"{self.name} is grey: colour images cannot be shown to its networks")
-        framed = torch.nn.functional.pad(images, (2, 2, 2, 2))
-        return framed.unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
+        if self.colour and images.ndim == 3:
+            framed = torch.nn.functional.pad(images, (2, 2, 2, 2))
+            images = framed.unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
+        if images.shape[1] == self.side:
+            return images
+        channels = images.unsqueeze(1) if images.ndim == 3 else images.movedim(-1, 1)
+        scaled = torch.nn.functional.interpolate(
+            channels, (self.side, self.side), mode="bilinear", antialias=True
+        )
+        return scaled.squeeze(1) if images.ndim == 3 else scaled.movedim(1, -1).contiguous()
+
+    def read(self, path: Path) -> Tensor:
+        """A picture file as this data set's: uint8 (side, side), or in colour (side, side, 3)."""
+        cut = imagenet.middle if self.name == "imagenet" else None  # as it is tested
+        return read_image(path, self.colour, self.side, cut)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scale images by *this* data set's training mean and standard deviation.
@@ -229,6 +242,7 @@ _IDX_GZ = tuple(f"{file}.gz" for file in _IDX)
 
 _FASHION_MNIST = Listing(
     name="fashion-mnist",
+    side=28,
     class_names=(
         *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
         *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
@@ -249,6 +263,7 @@ _FASHION_MNIST = Listing(
 
 _MNIST = Listing(
     name="mnist",
+    side=28,
     class_names=tuple("0123456789"),
     mean=(0.1307,),
     std=(0.3081,),
@@ -362,6 +377,7 @@ _FLOWERS = Listing(
 
 _TINY_IMAGENET = Listing(
     name="tinyimagenet",
+    side=64,
     class_names=tuple(map(str, range(200))),
     licence="ImageNet's: for non-commercial research and education",
     digest=None,
@@ -378,6 +394,7 @@ _TINY_IMAGENET = Listing(
 
 _DERMAMNIST = Listing(
     name="dermamnist",
+    side=28,
     class_names=(
         *("actinic keratosis", "basal cell carcinoma", "benign keratosis", "dermatofibroma"),
         *("melanoma", "melanocytic nevus", "vascular lesion"),
@@ -397,6 +414,7 @@ _DERMAMNIST = Listing(
 
 _IMAGENET = Listing(  # its pictures are read by `imagenet.load`
     name="imagenet",
+    side=224,
     class_names=imagenet.CLASS_NAMES,
     mean=imagenet.MEAN,
     std=imagenet.STD,

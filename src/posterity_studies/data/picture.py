@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -12,8 +13,15 @@ from PIL import Image
 from posterity_studies.data.cache import DataError
 
 
-def read_image(path: Path, colour: bool = False) -> torch.Tensor:
-    """A picture file as uint8, (28, 28) in grey or (32, 32, 3); transparent parts are black.
+def read_image(
+    path: Path,
+    colour: bool,
+    side: int,
+    cut: Callable[[int, int], tuple[float, float, float, float]] | None = None,
+) -> torch.Tensor:
+    """A picture file as uint8, (side, side) or (side, side, 3); transparent parts are black.
+
+    ``cut`` says which part of the picture, of its width and height; default all of it.
 
     Raises:
         DataError: no such file, no image, or one too large to be meant.
@@ -25,8 +33,9 @@ def read_image(path: Path, colour: bool = False) -> torch.Tensor:
                 rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         shown = Image.alpha_composite(black, rgba).convert("RGB" if colour else "L")
-        size = (32, 32) if colour else (28, 28)
-        return torch.from_numpy(numpy.array(shown.resize(size, Image.Resampling.LANCZOS)))
+        box = cut(*shown.size) if cut else None
+        shown = shown.resize((side, side), Image.Resampling.LANCZOS, box=box)
+        return torch.from_numpy(numpy.array(shown))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for damaged files

@@ -67,17 +67,22 @@ def documents(corpus: str) -> tuple[Iterable[str], int, Callable[[int], bool]]:
         files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path} holds no *.txt")
+        if len(files) == 1:
+            pieces = [*_pieces(files[0].read_bytes())]
+            return pieces, len(pieces), _one_of(len(pieces))
         texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
-        return texts, len(files), _one_of_many
+        return texts, len(files), _one_of(len(files))
     if corpus.count("/") != 1:
         known = ", ".join(text.TEXTS)
         raise UserError(f"no corpus {corpus!r}: name a file or folder, OWNER/NAME, or {known}")
     rows = hub.load(corpus, split="train", streaming=True)
-    return (row["text"] for row in rows), 0, _one_of_many
+    return (row["text"] for row in rows), 0, _one_of(0)
 
 
-def _one_of_many(place: int) -> bool:
-    return place % HELD_OUT == 0
+def _one_of(total: int) -> Callable[[int], bool]:
+    """Which documents are held out; of so few that there would be none, or one, every twentieth."""
+    every = HELD_OUT if not total or total >= 2 * HELD_OUT else 20
+    return lambda place: place % every == 0
 
 
 def _pieces(body: bytes, size: int = 1 << 14) -> Iterator[str]:
@@ -95,15 +100,22 @@ def prepare(corpus: str, folder: Path, progress: Progress = silent) -> dict[str,
     Documents are never in memory together; an interrupted call goes on where it was.
 
     Raises:
-        UserError: the folder holds another corpus' tokens, or something else.
+        UserError: the folder holds another corpus' tokens, or something else; another process
+            is at work in it.
     """
-    told, saved = folder / "tokens.json", folder / "progress.json"
-    if told.exists():
-        facts = runs.read_json(told)
-        if facts["corpus"] != corpus:
-            raise UserError(f"{folder} holds the tokens of {facts['corpus']}: choose another --out")
-        return facts
-    if folder.exists() and any(folder.iterdir()) and not saved.exists():
+    told = folder / "tokens.json"
+    if not told.exists():
+        with runs.occupied(folder):
+            _write(corpus, folder, progress)
+    facts = runs.read_json(told)
+    if facts["corpus"] != corpus:
+        raise UserError(f"{folder} holds the tokens of {facts['corpus']}: choose another --out")
+    return facts
+
+
+def _write(corpus: str, folder: Path, progress: Progress) -> None:
+    saved = folder / "progress.json"
+    if any(folder.iterdir()) and not saved.exists():
         raise UserError(f"{folder} is not empty and holds no tokens: choose another --out")
     state = {"corpus": corpus, "documents": 0, **dict.fromkeys(PARTS, 0)}
     if saved.exists() and (state := runs.read_json(saved))["corpus"] != corpus:
@@ -128,9 +140,8 @@ def prepare(corpus: str, folder: Path, progress: Progress = silent) -> dict[str,
                 file.flush()
                 os.fsync(file.fileno())
             runs.write_json(saved, state)
-    runs.write_json(told, state)
+    runs.write_json(folder / "tokens.json", state)
     saved.unlink()
-    return state
 
 
 def load(folder: Path) -> dict[str, Tensor]:

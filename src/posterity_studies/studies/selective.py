@@ -118,9 +118,9 @@ def tempered(
 
 def quality(model: nn.Module, posterior: Any, test: Half, samples: int) -> dict[str, float]:
     """Accuracy, NLL and ECE."""
-    found = predict(model, posterior, test[0], samples=samples, batch_size=EVAL_BATCH).probs
+    found = predict(model, posterior, test[0], samples=samples, batch_size=EVAL_BATCH)
     return {
-        "accuracy": metrics.accuracy(found, test[1]),
-        "NLL": metrics.nll(found, test[1]),
-        "ECE": metrics.ece(found, test[1], bins=20),
+        "accuracy": metrics.accuracy(found.probs, test[1]),
+        "NLL": metrics.nll(found.log_probs, test[1], log=True),
+        "ECE": metrics.ece(found.probs, test[1], bins=20),
     }
