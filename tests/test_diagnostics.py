@@ -71,6 +71,13 @@ def test_a_mistake_is_named(name):
     assert f"! {told[name]}" in str(found)
 
 
+@pytest.mark.parametrize(("decay", "said"), [(1e-4, False), (0.1, True)])
+def test_noise_beside_adamws_weight_decay_names_it(decay, said):
+    model, opt = trained(ess=1.0, weight_decay=decay)
+    (told,) = (v for v in opt.diagnostics(model).verdicts if v.name == "noise_to_weight")
+    assert ("lower weight_decay" in told.words) == said
+
+
 def number(words, before):
     return float(re.search(before + r"([\d.,e+]+)", words)[1].replace(",", ""))
 

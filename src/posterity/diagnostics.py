@@ -22,6 +22,7 @@ GROWTH = 5.0  # of the steps since the start, as h fell
 SCATTER = 0.5  # noise in h over squared gradients: h then scatters by 70 % and more
 NEGATIVE = 0.05  # of the weights
 NOISE = 1.0  # σ/|m|: above it the noise is larger than what it is added to
+DECAY = 0.01  # as AdamW has it: of a step, not of the loss
 POINT = 1000.0  # |m|/σ: above it no sample can be told from the mean
 CLIPPED = 0.5  # of the weights: above it ξ decides the step of most, and h no more
 FAST, SLOW = 0.1, 1e-7  # a step over a weight; the rounding of float32 is 6e-8
@@ -353,6 +354,8 @@ class Diagnostics:
         words = f"σ is {value:.2g} times the weights of the matrices, {most}"
         if value > NOISE:
             words = f"noise drowns the weights: {words}. Where accuracy suffers raise {self._width}"
+            if any(layer.group["weight_decay"] >= DECAY for layer in self._matrices):
+                words += ", or lower weight_decay, which shrinks the weights: AdamW's is too much"
         return Verdict("noise_to_weight", value, value <= NOISE, words)
 
     @property
