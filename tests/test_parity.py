@@ -206,6 +206,31 @@ def test_sample_unsample_and_restore(low, keep, ops, threads):
         assert torch.equal(a, b.to(a.dtype))
 
 
+@pytest.mark.parametrize("loaded", [0.0, 0.3, 1.0])
+def test_a_sample_begins_at_weights_that_were_loaded_over_the_mean_s_rounding(loaded, ops, threads):
+    ours, theirs = (State(F32, True, on) for on in (device(ops), "cpu"))
+    g = torch.Generator().manual_seed(1)
+    others = [torch.rand(n, generator=g) < loaded for n in SIZES]
+    for s in (ours, theirs):
+        s.means = [m + 1e-3 * m.abs() for m in s.means]  # what no bfloat16 holds
+        s.params = [m.to(BF16) for m in s.means]
+        for p, other in zip(s.params, others, strict=True):
+            p[other.to(p.device)] = 50.0
+            if loaded and len(p):
+                p[0] = math.nan
+    before = [m.clone() for m in theirs.means]
+    for s, implementation in ((ours, ops), (theirs, reference)):
+        noise = noise_of(s.params)
+        implementation.sample(s.params, s.means, s.hess, noise, True, **WIDTH)
+    for m, exact, was, other in zip(ours.means, theirs.means, before, others, strict=True):
+        torch.testing.assert_close(m.cpu(), exact, rtol=0, atol=0, equal_nan=True)
+        there = torch.arange(len(was)) > 0
+        assert (exact[there & other] == 50).all()
+        assert torch.equal(exact[there & ~other], was[there & ~other])
+    for p, exact in zip(ours.params, theirs.params, strict=True):
+        torch.testing.assert_close(p.cpu(), exact, rtol=2**-7, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "unaligned"])
 def test_what_goes_past_the_caches_is_the_same(offset, level, threads):
     """Above 2^22 elements, whose mean no cache would hold until the step."""

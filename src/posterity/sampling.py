@@ -65,11 +65,12 @@ class Draw:
 
     def _place(self, run: Run, keep: bool, spare: Spare | None) -> None:
         apart = keep and not run.low
-        means = run.rooms(spare) if apart else run.at_rest()
+        means = run.rooms(spare) if apart else run.masters
         parts, self.parts = self.parts, None
         sampled = Written(run.params)
         try:
-            run.ops.sample(run.params, means, run.hess, self.noise(run), apart, **run.width)
+            kept = apart or run.low  # these may hold other weights than their mean's rounding
+            run.ops.sample(run.params, means, run.hess, self.noise(run), kept, **run.width)
             sampled.whole = True
         finally:  # after an error the parameters that hold θ by then are to be restored
             now = sampled.each()

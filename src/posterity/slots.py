@@ -14,6 +14,7 @@ from .distributed import local
 from .groups import Group, counter_device, low_precision, state_dtype
 from .ops import Ops, choose
 from .ops.fused import Tensors, placed
+from .ops.reference import at_rest
 
 Spare = dict[int, tuple["Slot", Tensor]]  # memory for the means, by number
 
@@ -60,8 +61,10 @@ def mean_at_rest(slot: Slot) -> Tensor:
     p = slot.values
     if not slot.low:
         return p
-    mean = local(slot.state["mean"])  # someone may have loaded other weights since: theirs count
-    return mean.copy_(torch.where(mean.to(p.dtype) == p, mean, p.to(mean.dtype)))
+    mean = local(slot.state["mean"])
+    if p.device.type == "cpu" and torch.equal(mean.to(p.dtype), p):  # as ever: nothing to write
+        return mean
+    return mean.copy_(at_rest(p, mean))
 
 
 def state_of(slots: Iterable[Slot], name: str) -> list[Tensor]:
@@ -125,6 +128,11 @@ class Run:
     def at_rest(self) -> Tensors:
         """The means, where no sample stands in the parameters."""
         return [mean_at_rest(s) for s in self.slots] if self.low else self.params
+
+    @property
+    def masters(self) -> Tensors:
+        """Where the means are kept at rest: the state's, in low precision, else the parameters."""
+        return state_of(self.slots, "mean") if self.low else self.params
 
     def parts(self, chosen: list[bool]) -> list[tuple[Run, bool]]:
         """Those that are chosen, and those that are not."""

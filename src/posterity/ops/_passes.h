@@ -211,12 +211,30 @@ INLINE F perturbation(F u, F e, const Scalars &s) {
 }
 INLINE F bounded(F h, const Scalars &s) { return at_least(h + s.delta, s.floor); }  // h+δ
 
+// Of a bfloat16 parameter: m, whose rounding it holds; where it holds other weights these are m.
+INLINE const float *at_rest(const Row &row, const Span &span, float *copy) {
+  alignas(64) float held[CHUNK], rounded[CHUNK];
+  uint16_t narrowed[CHUNK];
+  float *means = load(row.mean, span, false, copy);
+  load(row.param, span, true, held);
+  narrow(means, narrowed);
+  widen(narrowed, rounded);
+  int others = 0;
+#pragma omp simd reduction(+ : others)
+  for (int i = 0; i < CHUNK; i++) others += !(rounded[i] == held[i]);
+  if (others) {
+    for (int i = 0; i < CHUNK; i++) means[i] = rounded[i] == held[i] ? means[i] : held[i];
+    store(means, row.mean, span, false);
+  }
+  return means;
+}
+
 // θ ← m + σε (7); m is kept where `mean` has room for it.
 INLINE void sample(const Row &row, const Scalars &s, const Span &span, const Normals *noise) {
   alignas(64) float a[CHUNK], b[CHUNK], c[CHUNK], d[CHUNK];
-  const bool low = row.flags & LOW, apart = row.flags & APART, keep = row.mean && !apart;
+  const bool low = row.flags & LOW, apart = row.flags & APART, keep = row.mean && !apart && !low;
   const void *at = apart ? static_cast<const void *>(row.mean) : row.param;
-  const float *means = load(at, span, false, a);
+  const float *means = low && !apart ? at_rest(row, span, a) : load(at, span, false, a);
   const float *hess = load(row.hess, span, false, b);
   float *thetas = place(row.param, span, low, c);
   float *kept = keep ? place(row.mean, span, false, d) : d;

@@ -33,13 +33,18 @@ def perturbation(h: Tensor, noise: Tensor, *, ess: float, **prior: float) -> Ten
     return (ess * curvature(h, **prior)).rsqrt_() * noise.view(h.shape)
 
 
+def at_rest(p: Tensor, m: Tensor) -> Tensor:
+    """The mean that p holds: in low precision m, whose rounding it is, or other weights."""
+    return p if p.dtype == m.dtype else torch.where(m.to(p.dtype) == p, m, p.to(m.dtype))
+
+
 def sample(
     params: Tensors, means: Tensors, hess: Tensors, noise: Noise, keep: bool = False, **width: float
 ):
     """θ ~ N(m, σ²), rounded to the parameter's dtype; ``keep``: m, in θ's place, is kept first."""
     for p, m, h, e in zip(params, means, hess, noise, strict=True):
         if keep:
-            m.copy_(p)
+            m.copy_(at_rest(p, m))
         p.copy_(m + perturbation(h, e, **width))
 
 

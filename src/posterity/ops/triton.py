@@ -230,7 +230,10 @@ def _passes(
                     theta = tl.load(param, inside, 0.0)
                     tl.store(param, tl.fma(-moved, e, theta), inside)
                 else:
-                    m = tl.load(mean if APART else param, inside, 0.0)
+                    m = tl.load(mean if APART or LOW else param, inside, 0.0)
+                    if LOW and not APART:  # m, unless the parameter holds other weights
+                        held = tl.load(param, inside, 0.0).to(tl.float32)
+                        m = tl.where(_narrow(m, LOW).to(tl.float32) == held, m, held)
                     if MEAN and not APART:
                         tl.store(mean, m, inside)
                     theta = tl.fma(moved, e, m)  # (7)
