@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -23,6 +23,7 @@ Json = Annotated[bool, tyro.conf.arg(name="json")]
 Whole = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+SETTINGS = {"lr", "ess", "hess_init", "weight_decay", "clip_radius", "memory", "momentum"}
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 RULE = re.compile(r"[─╭╮╰╯]{3,}|-{10,}")  # where a terminal knows no lines, of dashes
 SAID = {
@@ -79,7 +80,9 @@ def _known(commands: Mapping[str, type], given: Sequence[str]) -> None:
         raise UserError(f"needs a command: {', '.join(commands)}; posterity --help explains them")
     if command not in commands:
         raise UserError(unknown("command", command, commands))
-    options = {f.name.removeprefix("as_").replace("_", "-") for f in fields(commands[command])}
+    hints = get_type_hints(commands[command], include_extras=True)
+    named = [f.name for f in fields(commands[command]) if not _placed(hints[f.name])]
+    options = {name.removeprefix("as_").replace("_", "-") for name in named}
     shown, seen = [f"--{option}" for option in sorted(options)], set[str]()
     options |= {f"no-{option}" for option in options} | {"help"}
     for each in rest:
@@ -89,10 +92,19 @@ def _known(commands: Mapping[str, type], given: Sequence[str]) -> None:
         if not re.match("--[a-z]", each) or option.startswith("tyro"):
             continue
         if option not in options:
-            raise UserError(unknown(f"option of {command}", f"--{option}", shown))
+            told = unknown(f"option of {command}", f"--{option}", shown)
+            setting = option.replace("-", "_") if "set" in options else ""
+            if setting in SETTINGS:
+                told = f"{setting} is a setting of the optimizer: --set {setting}=NUMBER"
+            raise UserError(told)
         if option in seen:
             raise UserError(f"--{option} stands there twice: put all its values behind one")
         seen.add(option)
+
+
+def _placed(hint: Any) -> bool:
+    """Whether an argument has its place instead of a name."""
+    return tyro.conf.Positional in getattr(hint, "__metadata__", ())
 
 
 def _line(box: str) -> str:

@@ -63,7 +63,8 @@ class Train:
     validation: int = 0
     """Hold out so many training images and evaluate on them instead of the test set."""
     set: tuple[str, ...] = ()
-    """Settings of the optimizer, as KEY=NUMBER: --set lr=0.3 hess_init=0.05."""
+    """Settings of the optimizer, as KEY=NUMBER: --set lr=0.3 hess_init=0.05. IVON also has
+    temperature, the training images over ess, and memory, 1/(1-betas[1]), in steps."""
     quiet: bool = False
     """Print nothing but errors and the progress bar."""
     as_json: Json = False
@@ -148,6 +149,8 @@ class Report:
         if not self.run:
             raise UserError("report needs the folder of a finished run, or of several")
         path = self.out or self.run[0] / "report.html"
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name the page, as in {path / 'report.html'}")
         written = compare.write_report(self.run, path).resolve()
         print(runs.as_json({"report": str(written)}) if self.as_json else f"report: {written}")
 

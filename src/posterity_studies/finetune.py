@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from posterity import IVON, Posterior, metrics, predict
 from posterity.binding import Samples
 from posterity_studies import ranks, runs
 from posterity_studies.graphs import taken_up
-from posterity_studies.recipes import Diverged, UserError
+from posterity_studies.recipes import Diverged, UserError, unknown
 from posterity_studies.settings import FinetuneAdamw, FinetuneIvon, Settings
 from posterity_studies.subjects import MiniLM, Pretrained, Row, Rows, SmolLM2, Subject
 from posterity_studies.train import Progress, silent
@@ -30,11 +31,18 @@ OPTIMIZERS: dict[str, Settings] = {"adamw": FinetuneAdamw(), "ivon": FinetuneIvo
 
 
 def subject(model: str, domain: str) -> Subject:
-    """``minilm``, ``smollm2``, or a model of the hub or of a folder, for one domain."""
+    """``minilm``, ``smollm2``, or a model of the hub or of a folder, for one domain.
+
+    Raises:
+        UserError: a name that is nearly one of the first two.
+    """
     if model == "minilm":
         return MiniLM()
     if model == "smollm2":
         return SmolLM2()
+    own = ("minilm", "smollm2")
+    if get_close_matches(model, own, cutoff=0.8) and not Path(model).exists():
+        raise UserError(unknown("model", model, own))  # before the hub is asked, again and again
     return Pretrained(model=model, domains=(domain,))
 
 
