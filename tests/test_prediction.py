@@ -4,6 +4,7 @@ import gc
 import math
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -386,6 +387,17 @@ def test_arguments_of_another_kind_say_what_is_meant(net, x):
         predict(q, net, x)
     with pytest.raises(TypeError, match="from_numpy"):
         predict(net, q, x.numpy())
+
+
+def test_a_posterior_without_statistics_on_a_fresh_network_is_told():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(6, 3)
+    with pytest.warns(UserWarning, match="running statistics of 1"):
+        predict(model, around(model), x, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(model, around(model, buffers=dict(model.named_buffers())), x, 2)
+        model(x)  # it has some of its own now
+        predict(model, around(model), x, 2)
 
 
 def test_one_example_without_its_dimension_is_an_error():

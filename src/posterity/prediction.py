@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed as ranks
@@ -214,7 +216,7 @@ class _Running:
 
 
 def _check(model: Any, posterior: Any, data: Any) -> None:
-    """Raise TypeError for what is no module, no posterior, or no data of torch's."""
+    """Raise TypeError for what is no module, posterior or data; warn of lacking statistics."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"predict(model, posterior, data): the model is a {type(model).__name__}")
     if posterior is not None and not hasattr(posterior, "sampled"):
@@ -224,6 +226,14 @@ def _check(model: Any, posterior: Any, data: Any) -> None:
         )
     if type(data).__module__ == "numpy":
         raise TypeError("the data are numpy's: pass torch.from_numpy(x)")
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    fresh = [n for n, m in norms if m.num_batches_tracked is not None and not m.num_batches_tracked]
+    if fresh and getattr(posterior, "buffers", None) == {}:  # that is: none came along
+        warnings.warn(
+            f"neither model nor posterior has running statistics of {fresh[0]}: make the posterior "
+            "by opt.posterior(model), or call update_bn",
+            stacklevel=3,
+        )
 
 
 class _Classes:
