@@ -108,9 +108,11 @@ def check(group: Group) -> None:
     odd = {k: group[k] for k in NUMBERS if not isinstance(group[k], (Real, Tensor))}
     if odd:
         raise TypeError(f"IVON needs numbers; got {odd}")
-    if len(group["betas"] if isinstance(group["betas"], (tuple, list)) else ()) != 2:
-        raise TypeError(f"betas is a pair, of momentum and Hessian; got {group['betas']!r}")
-    beta1, beta2 = group["betas"]
+    try:
+        beta1, beta2 = group["betas"]
+    except (TypeError, ValueError):
+        said = f"betas is a pair, of momentum and Hessian; got {group['betas']!r}"
+        raise TypeError(said) from None
     scale = 1 if group["hess_approx"] == "price" else group["gradsq_scale"] or 0
     hess_init = group["hess_init"]
     if isinstance(hess_init, str):

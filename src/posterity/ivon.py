@@ -934,7 +934,7 @@ class IVON(Optimizer):
         """The names of a model's parameters, which must hold all that are trained."""
         distributed.gathered.free()  # the model may hold whole parameters in place of its shards
         named = [*(model.named_parameters() if isinstance(model, nn.Module) else model)]
-        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in named):
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in named):
             raise TypeError("needs the model, or pairs as model.named_parameters() gives them")
         names = {p: name for name, p in named}
         if strangers := [s for s in self._slots() if s.param not in names]:
