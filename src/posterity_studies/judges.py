@@ -185,9 +185,20 @@ def wrong_labels(result: Any) -> Verdict:
 
 
 def pretrained(result: Any) -> Verdict:
-    """Held-out loss of both."""
-    losses = {m: row["loss"] for m, row in _rows(result).items()}
-    return losses["IVON"] <= losses["AdamW"], f"nats a token: {_told(losses)}"
+    """Held-out loss beside AdamW's."""
+    return _beside_adamw(result, "IVON")
+
+
+def paired(result: Any) -> Verdict:
+    """The same in pairs."""
+    return _beside_adamw(result, "IVON in pairs")
+
+
+def _beside_adamw(result: Any, name: str) -> Verdict:
+    losses = {
+        m: row["loss"] for m, row in _rows(result).items() if m.split(",")[0] in (name, "AdamW")
+    }
+    return losses[name] <= losses["AdamW"], f"nats a token: {_told(losses)}"
 
 
 def more_samples(result: Any) -> Verdict:

@@ -85,6 +85,7 @@ WORSE = {  # what makes a claim that holds fail
     "more_samples": row("1 in", NLL=1.0),
     "exact": row("Multi-IVON", agreement=0.1),
     "pretrained": row("IVON", loss=9.0),
+    "paired": row("IVON in pairs", loss=9.0),
     "finetuned": row("ivon, averaged", accuracy=0.1),
     "between": row("IVON, one run", **{"sd in the gap": 0.0}),
     "merged": less_accurate,

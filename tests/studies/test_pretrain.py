@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from posterity.language import perplexity
-from posterity_studies import claims, data, pretrain, runs
+from posterity_studies import data, judges, pretrain, runs
 from posterity_studies.data import cache, text
 from posterity_studies.models.gpt import GPT, GPTConfig
 from posterity_studies.pretrain import Pretraining
@@ -242,8 +242,7 @@ def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeyp
     tokens = [[r["tokens"] for r in every] for every in found["runs"].values()]
     assert tokens == [[2 * 1500] * 2] * 2  # every other block of 500 bytes of both texts
     assert len([*(tmp_path / "out").glob("*-seed*")]) == 4 + 2  # trials; the best with seed 1
-    (claim,) = (c for c in claims.CLAIMS if c.result == "pretraining/result.json")
-    assert "IVON" in claim.judge(found)[1]
+    assert "IVON" in judges.pretrained(found)[1]
     assert (tmp_path / "out/pretraining.png").read_bytes().startswith(b"\x89PNG")
     assert pretraining.study(tmp_path / "out", [0, 1], "smoke", silent) == found
 
