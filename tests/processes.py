@@ -274,14 +274,18 @@ def misplaced(rank, ranks):
     model = network()
     unseeded = IVON(model.parameters(), **{**SETTINGS, "seed": None})
     unseeded.load_state_dict(unseeded.state_dict())  # as Accelerate does to move it
-    first = IVON(FullyShardedDataParallel(network(), use_orig_params=True).parameters(), **SETTINGS)
+    own = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    late_sharded = network()
+    early = IVON(late_sharded.parameters(), **SETTINGS)
+    flat = [FullyShardedDataParallel(net, **own) for net in (network(), late_sharded)]
     posterior = IVON(model.parameters(), **SETTINGS).posterior(model)
     for attempt in (
         lambda: ours.load_state_dict(theirs.state_dict()),
         lambda: late.backward(),
         lambda: predict(model, posterior, data(0, rank, ranks)[0], samples=4, distributed=True),
         lambda: unseeded.sampled_params().__enter__(),
-        lambda: first.train(),
+        lambda: IVON(flat[0].parameters(), **SETTINGS),
+        early.train,  # its parameters became parts since
     ):
         try:
             attempt()
