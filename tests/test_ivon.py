@@ -933,6 +933,35 @@ def test_settings_of_another_kind(bad):
         make(**bad)
 
 
+def test_a_group_that_is_refused_is_not_kept():
+    opt = make()[1]
+    more = nn.Parameter(torch.zeros(2))
+    for bad, error in (
+        ({"lr": "0.1"}, TypeError),
+        ({"betas": 0.9}, TypeError),
+        ({"lr": -1}, ValueError),
+    ):
+        with pytest.raises(error):
+            opt.add_param_group({"params": [more], **bad})
+        assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_what_is_saved_after_lambda_changed_goes_on_alike(contexts):
+    model, opt = make()
+    for _ in range(contexts):
+        with opt.sampled_params(train=True):
+            opt.zero_grad()
+            backward(model)
+    opt.param_groups[0]["ess"] /= 4
+    twin = copy.deepcopy(model)
+    again = IVON(twin.parameters(), **LR)
+    again.load_state_dict(through_bytes(opt.state_dict()))
+    for each in (opt, again):
+        each.step()
+    assert_same(bits(twin, again), bits(model, opt))
+
+
 def test_a_posterior_needs_names():
     model, opt = make()
     with pytest.raises(TypeError, match="named_parameters"):

@@ -98,9 +98,25 @@ class Placed(nn.Module):
         return SimpleNamespace(logits=self.head(summed))
 
 
+class OwnPlaces(nn.Module):
+    """One that numbers places itself, as RoBERTa does, and would be led astray."""
+
+    create_position_ids_from_input_ids = None
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        assert position_ids is None
+        return self.inner(input_ids, attention_mask, (attention_mask.cumsum(1) - 1).clamp(min=0))
+
+
 def test_padding_on_the_left_changes_no_score(gpt):
     model = Placed(gpt)
     q = around(model)
+    bare = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
+    plain = perplexity(model, None, bare).per_sequence
     alone = perplexity(model, q, {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)})
     for side in ("left", "right"):
         width = (3, 0) if side == "left" else (0, 3)
@@ -110,6 +126,10 @@ def test_padding_on_the_left_changes_no_score(gpt):
         }
         found = perplexity(model, q, padded)
         torch.testing.assert_close(found.per_sequence, alone.per_sequence)
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(perplexity(compiled, None, padded).per_sequence, plain)
+    own = perplexity(OwnPlaces(model), None, padded).per_sequence
+    torch.testing.assert_close(own, perplexity(model, None, padded).per_sequence)
     told = padded | {"position_ids": torch.zeros_like(padded["input_ids"])}
     assert not torch.allclose(perplexity(model, q, told).per_sequence, alone.per_sequence)
 

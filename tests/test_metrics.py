@@ -321,5 +321,7 @@ def test_one_hot_targets_and_arrays_are_errors():
         metrics.nll(probs, torch.nn.functional.one_hot(targets, 3))
     with pytest.raises(TypeError, match="needs tensors"):
         metrics.accuracy(probs.numpy(), targets.numpy())
+    sure = torch.tensor([[0.998], [0.999]]), torch.ones(2, 1, dtype=torch.long)  # of one question
+    assert metrics.accuracy(*sure) == 1
     several = torch.rand(64, 3), torch.randint(2, (64, 3))  # P(y=1) of three questions each
     assert math.isfinite(metrics.nll(*several))

@@ -670,8 +670,9 @@ def test_settings_that_change_before_the_step_do_not_change_the_sample_it_saw(wa
     opt.param_groups[0].update(ess=1000.0, weight_decay=0.5)
     opt.step()
     state = [torch.zeros(4), torch.ones(4), torch.zeros(())]
-    group = {k: opt.param_groups[0][k] for k in SETTINGS} | {"ess": 10.0}  # as σ had it
-    reference.update([mean], [grad], [grad * moved], *([t] for t in state), **group)
+    group = {k: opt.param_groups[0][k] for k in SETTINGS}
+    product = grad * moved * 10 * (1 + 1e-4) / (1000 * 1.5)  # of the σ that the sample had
+    reference.update([mean], [grad], [product], *([t] for t in state), **group)
     torch.testing.assert_close(opt.state[w]["hess"], state[1])
 
 

@@ -346,6 +346,7 @@ class IVON(Optimizer):
         Raises:
             ValueError: a setting out of its range or of the whole optimizer, or a parameter that
                 cannot be trained.
+            TypeError: a setting that is no number, or betas that are no pair.
         """
         whole = {k: self._whole[k] for k in groups.WHOLE}
         own = [k for k in groups.FIXED if param_group.get(k, whole[k]) != whole[k]]
@@ -357,7 +358,7 @@ class IVON(Optimizer):
             groups.check(group)
             for p in filter(lambda p: p.requires_grad, group["params"]):
                 ops.choose(p, group["fused"], group["capturable"])
-        except (ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
         groups.share_counters(self.param_groups)
@@ -753,8 +754,6 @@ class IVON(Optimizer):
             squares = scale is not None and group["hess_approx"] == "gradsq"
             settings = {k: group[k] for k in groups.SETTINGS}
             settings |= {"scale": factor, "product_scale": factor / scale if squares else factor}
-            if draw is None:  # products of displacements by another λ, if it changed since
-                settings["ess"] = self._window.drawn.get(id(group), group["ess"])
             beta1, beta2 = group["betas"]
             settings["betas"] = beta1, 1.0 if half or self._rests else beta2**every
             state = run.momentum, run.hess, run.steps

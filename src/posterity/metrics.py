@@ -45,7 +45,8 @@ def _checked(probs: Tensor, targets: Tensor, log: bool = False) -> tuple[Tensor,
     if targets.is_floating_point() or targets.is_complex():
         raise ValueError(f"targets are class numbers, not {targets.dtype}")
     if not log and probs.shape == targets.shape:
-        chosen = probs.dim() > 1 and (targets.sum(-1) == 1).all()
+        several = probs.dim() > 1 and probs.shape[-1] > 2 and len(probs)
+        chosen = several and (targets.sum(-1) == 1).all()
         if chosen and ((probs.sum(-1) - 1).abs() <= TOLERANCE).all():
             raise ValueError("targets look one-hot: needs class numbers, targets.argmax(-1)")
         probs = torch.stack([1 - probs, probs], -1)

@@ -226,9 +226,11 @@ def _check(model: Any, posterior: Any, data: Any) -> None:
         )
     if type(data).__module__ == "numpy":
         raise TypeError("the data are numpy's: pass torch.from_numpy(x)")
+    if getattr(posterior, "buffers", None) != {}:
+        return  # they came along, or there is no posterior
     norms = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
-    fresh = [n for n, m in norms if m.num_batches_tracked is not None and not m.num_batches_tracked]
-    if fresh and getattr(posterior, "buffers", None) == {}:  # that is: none came along
+    fresh = [n for n, m in norms if m.running_var is not None and (m.running_var == 1).all()]
+    if fresh:
         warnings.warn(
             f"neither model nor posterior has running statistics of {fresh[0]}: make the posterior "
             "by opt.posterior(model), or call update_bn",

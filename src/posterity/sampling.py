@@ -15,6 +15,7 @@ from . import distributed
 from .distributed import local
 from .ops.fused import Tensors
 from .ops.noise import Noise
+from .ops.reference import curvature
 from .slots import Run, Slot, Spare, mean_at_rest, runs, state_of
 
 VERSION = attrgetter("_version")
@@ -84,6 +85,14 @@ class Draw:
     def width(self, slot: Slot) -> dict[str, Any]:
         """The settings that made σ when θ was drawn."""
         return self.drawn[id(slot.group)][1]
+
+    def narrowed(self, slot: Slot) -> Tensor | float:
+        """λ(h+δ) of the draw over what it is now, by which (2) would take the products for less."""
+        if slot.group["hess_approx"] != "price":
+            return 1.0
+        h, then, now = local(slot.state["hess"]), dict(self.width(slot)), slot.width
+        ess = then.pop("ess") / now.pop("ess")
+        return ess * curvature(h, **then) / curvature(h, **now)
 
     @property
     def outdated(self) -> bool:

@@ -37,7 +37,6 @@ class Window:
 
     def __init__(self):
         self.draw: Draw | None = None
-        self.drawn: dict[int, Any] = {}  # λ of the samples that are summed up, by group
         self.sealed: list[tuple[Tensor, Tensor | None, int]] = []
         self.aside: dict[int, Tensor] = {}  # the means, while an evaluation sample stands
         self.spare: Spare = {}
@@ -139,7 +138,7 @@ class Window:
             if SUMS[0] in state:
                 for name in SUMS:
                     state.pop(name, None)
-        self.draw, self.drawn, self.sealed = None, {}, []
+        self.draw, self.sealed = None, []
 
     def close(self, *, last: bool, checked: bool = False) -> bool:
         """Restore the mean and let the latest sample join the sums; whether it had a gradient.
@@ -163,10 +162,7 @@ class Window:
             if slot.param.grad is not None:  # GradScaler must see any sample's overflow
                 for name in SUMS:
                     slot.param.grad.add_(slot.state[name] * 0)
-        self.draw, self.drawn = (
-            None,
-            {group: width["ess"] for group, (_, width) in draw.drawn.items()},
-        )
+        self.draw = None
         held = [(s.param, s.param.grad) for s in draw.slots.values()]
         self.sealed = [(p, grad, 0 if grad is None else grad._version) for p, grad in held]
         return bool(slots)
@@ -220,8 +216,14 @@ class Window:
         assert self.draw is not None
         totals, products = ([local(s[name]) for s in sums] for name in SUMS)
         found = self.draw.rank_products(slots)
-        if found is None:
+        if found is None and not self.draw.outdated:
             self._accumulate(slots, grads, totals, products)
+            return
+        if found is None:  # (2) will multiply with another λ(h+δ) than σε was made of
+            found = [torch.zeros_like(product) for product in products]
+            self._accumulate(slots, grads, totals, found)
+            for slot, product, mine in zip(slots, products, found, strict=True):
+                product += mine * self.draw.narrowed(slot)
             return
         for grad, total, product, mine in zip(grads, totals, products, found, strict=True):
             total += grad

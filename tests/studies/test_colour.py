@@ -137,6 +137,12 @@ def test_a_users_picture_is_cut_as_imagenets_are(tmp_path):
     assert (seen == 200).all()
 
 
+def test_grey_images_of_the_same_side_are_only_tinted():
+    grey = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
+    seen = data.LISTINGS["dermamnist"].as_seen(grey)
+    assert all(torch.equal(seen[..., c], grey) for c in range(3))
+
+
 @pytest.mark.parametrize("shape", [(2, 28, 28), (2, 32, 32, 3), (2, 64, 64, 3)], ids=str)
 def test_unknown_images_have_the_side_of_those_a_network_knows(shape):
     tiny = data.LISTINGS["tinyimagenet"]

@@ -131,7 +131,7 @@ def test_wrong_input_gets_one_line(corpus, tmp_path, call):
         tokens.load(out)
 
 
-@pytest.mark.parametrize("files", [1, 30])
+@pytest.mark.parametrize("files", [1, 2, 30])
 def test_a_small_corpus_too_has_a_part_to_test_with(files, vocabulary, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -139,7 +139,13 @@ def test_a_small_corpus_too_has_a_part_to_test_with(files, vocabulary, tmp_path)
         (folder / f"{k}.txt").write_text("the cat\n" * (70_000 if files == 1 else 10))
     corpus = folder / "0.txt" if files == 1 else folder
     facts = tokens.prepare(str(corpus), tmp_path / "out")
-    assert 0 < facts["held"] < facts["train"] / 10
+    assert 0 < facts["held"] <= facts["train"] / (1 if files == 2 else 10)
+
+
+def test_a_corpus_of_one_piece_is_too_short(vocabulary, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat")
+    with pytest.raises(UserError, match="is too short"):
+        tokens.prepare(str(tmp_path / "a.txt"), tmp_path / "out")
 
 
 def test_two_processes_do_not_share_a_folder_of_tokens(corpus, tmp_path, monkeypatch):

@@ -46,20 +46,36 @@ def number(posterior: Samples | None, samples: int) -> int:
     return 1 if posterior is None else samples
 
 
-def placing(model: nn.Module, batch: Any) -> Any:
-    """The batch; with its tokens' places where padding on the left would shift them.
+def takes_places(model: nn.Module) -> bool:
+    """Whether a model wants ``position_ids`` where padding on the left would shift its tokens.
 
-    Transformers' models count from the first column otherwise. Those without ``position_ids`` get
-    none.
+    Those that find the places themselves, or have none, do not; wrappers pass them on.
     """
+    inner: Any = model
+    while isinstance(
+        wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None)), nn.Module
+    ):
+        inner = wrapped
+    if hasattr(inner, "get_base_model"):  # PEFT's
+        inner = inner.get_base_model()
+    if any(hasattr(m, "create_position_ids_from_input_ids") for m in inner.modules()):
+        return False
+    taken = signature(inner.forward).parameters
+    anything = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in taken.values())
+    return anything or "position_ids" in taken
+
+
+def places(mask: Tensor) -> Tensor:
+    """The places of tokens that a mask shows, from 0 on."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def placing(model: nn.Module, batch: Any) -> Any:
+    """A batch with its tokens' places, where the model wants them."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is None or "position_ids" in batch or bool(mask[:, 0].all()):
         return batch
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    if "position_ids" not in signature(base.forward).parameters:
-        return batch
-    places = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return {**batch, "position_ids": places[:, -batch["input_ids"].shape[1] :]}
+    return {**batch, "position_ids": places(mask)} if takes_places(model) else batch
 
 
 def holding(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
 from ..binding import Samples, call, evaluating, floats, placed
-from .averaging import Average, holding, number, placing
+from .averaging import Average, holding, number, places, takes_places
 
 CACHES = ("cache", "past_key_values")  # transformers' newer and older name of it
 
@@ -128,7 +128,7 @@ class _Reader:
         samples: int,
         cache: bool | None,
     ):
-        self.model, self.named = model, isinstance(prompt, Mapping)
+        self.named = isinstance(prompt, Mapping)
         inputs = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
         if "input_ids" not in inputs or inputs.keys() - {"input_ids", "attention_mask"}:
             raise ValueError("a prompt is a tensor, or input_ids and attention_mask by name")
@@ -137,6 +137,8 @@ class _Reader:
             raise ValueError(f"a prompt needs (batch, tokens), not {tuple(self.tokens.shape)}")
         if self.mask is not None and not bool(self.mask[:, -1].all()):
             raise ValueError("the prompts are padded on the right: pad them on the left")
+        padded = self.mask is not None and not bool(self.mask[:, 0].all())
+        self.placing = padded and takes_places(model)
         self.new = self.tokens
         use = getattr(getattr(model, "config", None), "use_cache", False)
         self.caching = bool(use) if cache is None else cache
@@ -148,7 +150,8 @@ class _Reader:
         batch: dict[str, Any] = {"input_ids": new}
         if self.mask is not None:
             batch["attention_mask"] = self.mask
-        batch = placing(self.model, batch)
+        if self.mask is not None and self.placing:
+            batch["position_ids"] = places(self.mask)[:, -new.shape[1] :]
         if self.caching:
             batch |= {"use_cache": True, **self.caches[index]}
         output = forward(batch if self.named or self.caching else new)

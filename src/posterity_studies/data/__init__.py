@@ -90,7 +90,8 @@ class Listing(Origin):
         if not self.colour and images.ndim == 4:
             raise ValueError(f"{self.name} is grey: colour images cannot be shown to its networks")
         if self.colour and images.ndim == 3:
-            framed = torch.nn.functional.pad(images, (2, 2, 2, 2))
+            small = images.shape[1] < self.side
+            framed = torch.nn.functional.pad(images, (2, 2, 2, 2)) if small else images
             images = framed.unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
         if images.shape[1] == self.side:
             return images

@@ -80,8 +80,8 @@ def documents(corpus: str) -> tuple[Iterable[str], int, Callable[[int], bool]]:
 
 
 def _one_of(total: int) -> Callable[[int], bool]:
-    """Which documents are held out; of so few that there would be none, or one, every twentieth."""
-    every = HELD_OUT if not total or total >= 2 * HELD_OUT else 20
+    """Which documents are held out; of few every twentieth, or the last."""
+    every = HELD_OUT if not total or total >= 2 * HELD_OUT else min(20, total)
     return lambda place: place % every == 0
 
 
@@ -140,6 +140,8 @@ def _write(corpus: str, folder: Path, progress: Progress) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             runs.write_json(saved, state)
+    if not (state["train"] and state["held"]):
+        raise UserError(f"{corpus} is too short: needs documents, or pieces, to train and to test")
     runs.write_json(folder / "tokens.json", state)
     saved.unlink()
 
