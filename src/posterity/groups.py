@@ -104,7 +104,12 @@ def plain(group: Group) -> Group:
 
 
 def check(group: Group) -> None:
-    """Raise ValueError for a setting out of its range or a parameter that cannot be trained."""
+    """Refuse settings out of their range, and parameters that cannot be trained.
+
+    Raises:
+        ValueError: a setting, or a parameter, that IVON cannot work with.
+        TypeError: a setting that is no number, or betas that are no pair.
+    """
     odd = {k: group[k] for k in NUMBERS if not isinstance(group[k], (Real, Tensor))}
     if odd:
         raise TypeError(f"IVON needs numbers; got {odd}")

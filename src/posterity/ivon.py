@@ -95,8 +95,10 @@ class IVON(Optimizer):
     and, for bf16 and fp16 parameters, ``mean``: the float32 master weights.
 
     Raises:
-        ValueError: a setting out of its range, complex or integer parameters, bf16 or fp16
-            parameters with ``store_mean=False``.
+        ValueError: a setting out of its range, complex or integer parameters, one that stands twice
+            in a group or is FullyShardedDataParallel's, bf16 or fp16 parameters with
+            ``store_mean=False``.
+        TypeError: a setting that is no number, or betas that are no pair.
         RuntimeError: ``fused=True`` where no fused implementation runs for a parameter.
 
     Example:

@@ -216,14 +216,12 @@ class Window:
         assert self.draw is not None
         totals, products = ([local(s[name]) for s in sums] for name in SUMS)
         found = self.draw.rank_products(slots)
-        if found is None and not self.draw.outdated:
-            self._accumulate(slots, grads, totals, products)
-            return
-        if found is None:  # (2) will multiply with another λ(h+δ) than σε was made of
-            found = [torch.zeros_like(product) for product in products]
-            self._accumulate(slots, grads, totals, found)
-            for slot, product, mine in zip(slots, products, found, strict=True):
-                product += mine * self.draw.narrowed(slot)
+        if found is None:
+            old = self.draw.outdated  # (2) will multiply with another λ(h+δ) than σε was made of
+            mine = [*map(torch.zeros_like, products)] if old else products
+            self._accumulate(slots, grads, totals, mine)
+            for slot, product, made in zip(slots, products, mine, strict=True) if old else ():
+                product += made * self.draw.narrowed(slot)
             return
         for grad, total, product, mine in zip(grads, totals, products, found, strict=True):
             total += grad

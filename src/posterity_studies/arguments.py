@@ -23,7 +23,8 @@ Json = Annotated[bool, tyro.conf.arg(name="json")]
 Whole = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 Real = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 Place = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-SETTINGS = {"lr", "ess", "hess_init", "weight_decay", "clip_radius", "memory", "momentum"}
+SETTINGS = {"lr", "ess", "hess_init", "weight_decay", "clip_radius"}  # of optimizers, and their
+SETTINGS |= {"memory", "temperature", "momentum", "beta2"}  # shorter names on the command line
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 RULE = re.compile(r"[─╭╮╰╯]{3,}|-{10,}")  # where a terminal knows no lines, of dashes
 SAID = {
