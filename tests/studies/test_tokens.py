@@ -142,10 +142,15 @@ def test_a_small_corpus_too_has_a_part_to_test_with(files, vocabulary, tmp_path)
     assert 0 < facts["held"] <= facts["train"] / (1 if files == 2 else 10)
 
 
-def test_a_corpus_of_one_piece_is_too_short(vocabulary, tmp_path):
-    (tmp_path / "a.txt").write_text("the cat")
+def test_a_corpus_of_one_piece_is_too_short_until_it_grows(vocabulary, tmp_path):
+    corpus, out = tmp_path / "a.txt", tmp_path / "out"
+    corpus.write_text("the cat")
     with pytest.raises(UserError, match="is too short"):
-        tokens.prepare(str(tmp_path / "a.txt"), tmp_path / "out")
+        tokens.prepare(str(corpus), out)
+    corpus.write_text("the cat\n" * 5_000)
+    facts = tokens.prepare(str(corpus), out)
+    assert facts["train"] > facts["held"] > 0
+    assert len(tokens.load(out)["train"]) == facts["train"]
 
 
 def test_two_processes_do_not_share_a_folder_of_tokens(corpus, tmp_path, monkeypatch):

@@ -141,6 +141,8 @@ def _write(corpus: str, folder: Path, progress: Progress) -> None:
                 os.fsync(file.fileno())
             runs.write_json(saved, state)
     if not (state["train"] and state["held"]):
+        for path in (saved, *(folder / f"{part}.bin" for part in PARTS)):
+            path.unlink()  # the corpus may grow
         raise UserError(f"{corpus} is too short: needs documents, or pieces, to train and to test")
     runs.write_json(folder / "tokens.json", state)
     saved.unlink()
