@@ -7,6 +7,7 @@ tensors, and the test sets it beside a single process.
 import json
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,6 +103,34 @@ def ddp(rank, ranks, how=None, **settings):
     for i in range(STEPS):
         step(model, opt, [data(i, rank, ranks)], **how or {})
     return found(model, opt)
+
+
+def unaveraged(rank, ranks):
+    """What each of three steps warns of, by how gradients are averaged."""
+    said = {}
+    for way in ("other weights", "late", "not", "always"):
+        torch.manual_seed(0)
+        model = network()
+        if way == "other weights":
+            nn.init.constant_(model[2].bias, rank)
+        else:
+            model = nn.parallel.DistributedDataParallel(model)
+        opt = IVON(model.parameters(), **SETTINGS | {"mc_samples": 1 if way == "not" else 2})
+        said[way] = []
+        for i in range(3):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if way == "not":
+                    opt.train()
+                    with model.no_sync():
+                        loss_of(model, data(i, rank, ranks)).backward()
+                for micro in range(opt.samples_due):
+                    late = way == "late" and micro == 0
+                    with model.no_sync() if late else nullcontext(), opt.sampled_params(train=True):
+                        loss_of(model, data(2 * i + micro, rank, ranks)).backward()
+                opt.step()
+            said[way].append([(str(w.message), w.filename) for w in caught])
+    return {"mean": {}, "said": said}
 
 
 def per_rank(

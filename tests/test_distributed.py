@@ -112,6 +112,17 @@ def test_per_rank_without_its_hook_or_reduced_twice_says_what_to_do(tmp_path):
     assert "with ddp.no_sync()" in done.stderr
 
 
+@slow
+def test_gradients_that_ranks_have_not_averaged_are_told_of_once(tmp_path):
+    said = torchrun(2, "unaveraged", tmp_path)["said"]
+    for way in ("late", "not"):
+        before, [(message, where)], after = said[way]  # when the second step's sample is drawn
+        assert before == after == []
+        assert "before gradients were averaged" in message
+        assert where == str(PROCESSES)
+    assert said["always"] == said["other weights"] == [[], [], []]
+
+
 FSDP = [
     (2, {}, {}),
     (2, {"how": {"way": "train"}}, {}),

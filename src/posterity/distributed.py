@@ -4,8 +4,9 @@ import gc
 import math
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,37 @@ def largest(t: Tensor) -> Tensor:
     found = t.clone()
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found
+
+
+class Fingerprint(NamedTuple):
+    """The sizes of a rank's whole parameters, and of their gradients."""
+
+    params: list[float]
+    grads: list[float]
+
+
+def fingerprint(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Fingerprint | None:
+    """Of those that are not sharded; None where a gradient is not finite."""
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    mine = [(p, g) for p, g in zip(params, grads, strict=True) if not is_sharded(p)]
+    found = Fingerprint([float(norm(p)) for p, _ in mine], [float(norm(g)) for _, g in mine])
+    return found if all(map(math.isfinite, found.grads)) else None
+
+
+def unaveraged(own: Fingerprint | None) -> bool:
+    """Whether ranks with the same parameters have gradients of their own; all must call this.
+
+    Ranks that train other parameters than each other (pipelines, experts) may have them.
+    """
+    every: list[Any] = [None] * world()
+    dist.all_gather_object(every, own)
+    first, *others = [each for each in every if each] or [None]
+    return any(_close(o.params, first.params) and not _close(o.grads, first.grads) for o in others)
+
+
+def _close(ours: list[float], theirs: list[float]) -> bool:
+    near = partial(math.isclose, rel_tol=1e-5)
+    return len(ours) == len(theirs) and all(map(near, ours, theirs))
 
 
 def is_sharded(t: Tensor) -> bool:

@@ -37,6 +37,12 @@ UNSCALED = (
     'samples="per_rank" under GradScaler: unscale_() changes the gradients but not their products, '
     "which are averaged already. Call scaler.step(opt) without it, or train in bfloat16."
 )
+UNAVERAGED = (
+    "ranks have the same weights but stepped with different gradients, so their weights drift "
+    "apart: a sampling context was left, or step() called, before gradients were averaged. Run "
+    "all micro-batches of a step inside one context, its last backward pass outside `no_sync()`; "
+    "inside Accelerate's `accumulate` call opt.train() instead."
+)
 
 
 class IVON(Optimizer):
@@ -293,6 +299,8 @@ class IVON(Optimizer):
         self._window = Window()
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
+        self._stepped = self._compared = False  # among ranks: a first step, and its gradients
+        self._first_step: distributed.Fingerprint | None = None
         self._seeded = True  # whether the seed was given: else ranks have their own until then
         self._warned = False
 
@@ -554,6 +562,10 @@ class IVON(Optimizer):
         if slots and not self._agreed and not distributed.alone():
             groups.agree(self.param_groups)
             self._agreed = True
+        if slots and self._stepped and not self._compared:
+            self._compared = True
+            if distributed.unaveraged(self._first_step):
+                warnings.warn(UNAVERAGED, stacklevel=5 if way == "context" else 4)
         groups.share_counters(self.param_groups)  # on the parameters' device: they may have moved
         if whole["pending"]:  # each sample of several starts from zero gradients
             for slot in slots:
@@ -708,6 +720,8 @@ class IVON(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._window.draw is None and not self._whole["pending"]:
             return self._first_state()
+        first = not (self._stepped or self._whole["capturable"] or distributed.alone())
+        self._stepped |= first
         if found_inf is not None and float(found_inf):
             return None
         draw = self._window.draw
@@ -740,6 +754,8 @@ class IVON(Optimizer):
             if not distributed.alone():  # for the other ranks it is a step
                 self._age()
             return None
+        if first:
+            self._first_step = distributed.fingerprint([s.param for s in slots], grads)
         whole, samples = self._whole, max(self._whole["pending"], 1)
         factor, every = 1 / samples, whole["hess_every"]
         half = whole["antithetic"] and whole["samples"] == "shared" and samples % 2 == 1
