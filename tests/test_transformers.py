@@ -10,7 +10,8 @@ from posterity import IVON, Posterior, leave_one_out, predict
 from posterity_studies.data import packages
 
 transformers = pytest.importorskip("transformers")
-PosteriorCallback = pytest.importorskip("posterity.integrations.transformers").PosteriorCallback
+ours = pytest.importorskip("posterity.integrations.transformers")
+PosteriorCallback, SeveralSamples = ours.PosteriorCallback, ours.SeveralSamples
 pytestmark = pytest.mark.slow
 
 SETTINGS = {"lr": 0.3, "ess": 96.0, "hess_init": 0.3, "betas": (0.9, 0.99), "seed": 3}
@@ -63,8 +64,19 @@ def equal(ours, theirs):
         assert torch.equal(value, theirs[name]), name
 
 
+class PairedTrainer(SeveralSamples, transformers.Trainer):
+    pass
+
+
 def trainer(
-    model, folder, callbacks=(), optimizers=(None, None), train=DATA, settings=SETTINGS, **given
+    model,
+    folder,
+    callbacks=(),
+    optimizers=(None, None),
+    train=DATA,
+    settings=SETTINGS,
+    kind=transformers.Trainer,
+    **given,
 ):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -75,7 +87,7 @@ def trainer(
         },
     )
     how = {"optimizer_cls_and_kwargs": (IVON, settings)} if optimizers[0] is None else {}
-    return transformers.Trainer(
+    return kind(
         model=model,
         args=arguments,
         train_dataset=train,
@@ -138,6 +150,66 @@ def test_trainer_is_the_plain_loop(given, model, tmp_path):
     equal(weights(ours), weights(theirs))
     mine = its.optimizer.optimizer.posterior(ours)
     equal(mine.precision, opt.posterior(theirs).precision)
+
+
+PAIRS = {"mc_samples": 2, "antithetic": True, "hess_every": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [(PAIRS, {}), ({"mc_samples": 3}, {"max_grad_norm": 0.05}), (PAIRS, {"bf16": True}), ({}, {})],
+    ids=str,
+)
+def test_several_samples_a_step_are_the_plain_loop(settings, given, model, tmp_path):
+    """Each on the whole batch, and clipped by itself."""
+    ours, theirs = copy.deepcopy(model), model
+    seen, settings = Seen(ours), SETTINGS | settings
+    its = trainer(ours, tmp_path, [seen], settings=settings, kind=PairedTrainer, **given)
+    its.train()
+    opt, batches = IVON(groups(theirs), **settings), iter(seen.batches)
+    theirs.train()
+    for _ in range(6):
+        for _ in range(opt.samples_due):
+            with opt.sampled_params(train=True):
+                opt.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=given.get("bf16", False)):
+                    theirs(**next(batches)).loss.backward()
+                nn.utils.clip_grad_norm_(theirs.parameters(), given.get("max_grad_norm", 1.0))
+        opt.step()
+    assert next(batches, None) is None
+    equal(weights(ours), weights(theirs))
+    state = its.optimizer.optimizer.state_dict()["state"]
+    assert all(
+        torch.equal(s["hess"], state[i]["hess"]) for i, s in opt.state_dict()["state"].items()
+    )
+
+
+def test_several_samples_resume_log_and_save(model, tmp_path):
+    whole, killed = copy.deepcopy(model), copy.deepcopy(model)
+    how = {"settings": SETTINGS | PAIRS, "kind": PairedTrainer, "callbacks": [PosteriorCallback()]}
+    how |= {"save_strategy": "steps", "save_steps": 3, "logging_strategy": "steps"}
+    how |= {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    its = trainer(whole, tmp_path / "whole", **how)
+    its.train()
+    logs = [log for log in its.state.log_history if "grad_norm" in log]
+    assert len({log["grad_norm"] for log in logs}) == len(logs) == 6
+    assert max(log["grad_norm"] for log in logs) > 0.3
+    stopped = how | {"callbacks": [PosteriorCallback(), StopAt(4)]}
+    trainer(killed, tmp_path / "killed", **stopped).train()
+    resumed = trainer(copy.deepcopy(model), tmp_path / "killed", **how)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-3"))
+    equal(weights(resumed.model), weights(whole))
+    posterior = Posterior.load(tmp_path / "whole" / "posterior.safetensors")
+    equal({n: posterior.mean[n] for n in weights(whole)}, weights(whole))
+
+
+def test_several_samples_refuse_what_they_cannot(model, tmp_path):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
+        trainer(model, tmp_path, kind=PairedTrainer, gradient_accumulation_steps=2).train()
+    its = trainer(model, tmp_path, kind=PairedTrainer)
+    its.optimizer_cls_and_kwargs = None
+    with pytest.raises(TypeError, match="SeveralSamples need IVON"):
+        its.train()
 
 
 def test_an_optimizer_of_ones_own_with_a_schedule(model, tmp_path):

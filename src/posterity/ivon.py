@@ -37,6 +37,7 @@ UNSCALED = (
     'samples="per_rank" under GradScaler: unscale_() changes the gradients but not their products, '
     "which are averaged already. Call scaler.step(opt) without it, or train in bfloat16."
 )
+TRAINING = "sampled_params(train=True)"
 UNAVERAGED = (
     "ranks have the same weights but stepped with different gradients, so their weights drift "
     "apart: a sampling context was left, or step() called, before gradients were averaged. Run "
@@ -536,7 +537,7 @@ class IVON(Optimizer):
 
     @contextmanager
     def _training_sample(self) -> Iterator[None]:
-        with self._within("sampled_params(train=True)"):
+        with self._within(TRAINING):
             try:
                 with torch.no_grad():
                     self._new_draw("context")
@@ -635,10 +636,13 @@ class IVON(Optimizer):
 
         Call it before the forward pass; calling it before every micro-batch is fine, for the
         sample stays the same until ``step()``. ``step()`` reads the gradients when it is called.
+        Inside ``sampled_params(train=True)`` a sample is there already, too.
 
         Raises:
             RuntimeError: ``mc_samples > 1``, or samples of the other ways wait for ``step()``.
         """
+        if self._inside == TRAINING:
+            return
         whole, draw = self._whole, self._window.draw
         if whole["mc_samples"] > 1:
             raise RuntimeError(

@@ -3,16 +3,20 @@
     Trainer(model, args, ..., optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": len(train)}))
 
 It calls ``optimizer.train()`` before each batch and ``optimizer.eval()`` before it evaluates.
+Several samples a step take :class:`SeveralSamples`.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..ivon import IVON
 from ..perturbation import leave_one_out
@@ -120,6 +124,55 @@ class PosteriorCallback(TrainerCallback):
             logs.update(found)
 
 
+class SeveralSamples:
+    """Mixin for Trainer, or a class made of it, that draws all ``mc_samples`` of a step.
+
+    Each sample is of the whole batch, and its gradient clipped to ``max_grad_norm`` before they are
+    summed up, as the paper's GPT-2 was. The ``grad_norm`` of the logs is their mean.
+
+    Raises:
+        ValueError: with accumulated gradients, for micro-batches of a step come one by one and each
+            sample has to see them all; with ``fp16``, whose scaler looks at one gradient a step.
+
+    Example::
+
+        class PairedTrainer(SeveralSamples, Trainer):
+            pass
+
+        preset = IVON.defaults_for("language_pairs", n_train, steps)
+        PairedTrainer(model, args, ..., optimizer_cls_and_kwargs=(IVON, preset))
+
+    (Trainer's own ``weight_decay`` and ``warmup_steps`` count, not the preset's.)
+    """
+
+    norm: float | Tensor = 0.0  # of the last step's gradients, before they were clipped
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **given: Any) -> Tensor:
+        """The mean loss of the step's samples; their gradients are with the optimizer."""
+        trainer: Any = self
+        limit = trainer.args.max_grad_norm
+        if trainer.args.gradient_accumulation_steps > 1 or trainer.args.fp16:
+            raise ValueError(
+                "SeveralSamples needs gradient_accumulation_steps=1, and bf16 in place of fp16"
+            )
+        opt, losses, norms = _ivon(trainer.optimizer), [], []
+        for _ in range(opt.samples_due):
+            with opt.sampled_params(train=True):
+                step = super().training_step  # pyright: ignore
+                losses.append(step(model, copy.copy(inputs), *args, **given))
+                clip = trainer.accelerator.clip_grad_norm_
+                norms.append(clip(model.parameters(), limit or math.inf))
+        opt.zero_grad()  # Trainer would clip the last sample's again
+        self.norm = torch.stack(norms).mean()
+        return torch.stack(losses).mean()
+
+    def log(self, logs: dict[str, float], *args: Any, **given: Any) -> None:
+        """Trainer's log, with the norm."""
+        if "grad_norm" in logs:
+            logs["grad_norm"] = float(self.norm)
+        super().log(logs, *args, **given)  # pyright: ignore
+
+
 def posterior_of(opt: IVON, model: nn.Module) -> Posterior:
     """The posterior over the model; over the adapter, without its base, if the model is PEFT's."""
     if hasattr(model, "peft_config"):
@@ -142,5 +195,8 @@ def _ivon(optimizer: Any) -> IVON:
     """The optimizer inside Accelerate's wrapper."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, IVON):
-        raise TypeError(f"PosteriorCallback needs IVON, but Trainer trains with {type(inner)}")
+        raise TypeError(
+            "PosteriorCallback and SeveralSamples need IVON, but Trainer trains with "
+            f"{type(inner)}: pass optimizer_cls_and_kwargs=(IVON, settings)"
+        )
     return inner
