@@ -5,6 +5,7 @@ tensors, and the test sets it beside a single process.
 """
 
 import json
+import linecache
 import os
 import sys
 import warnings
@@ -108,19 +109,20 @@ def ddp(rank, ranks, how=None, **settings):
 def unaveraged(rank, ranks):
     """What each of three steps warns of, by how gradients are averaged."""
     said = {}
-    for way in ("other weights", "late", "not", "always"):
+    for way in ("other weights", "late", "not", "overflow", "always"):
         torch.manual_seed(0)
         model = network()
         if way == "other weights":
             nn.init.constant_(model[2].bias, rank)
         else:
             model = nn.parallel.DistributedDataParallel(model)
-        opt = IVON(model.parameters(), **SETTINGS | {"mc_samples": 1 if way == "not" else 2})
+        one = way in ("not", "overflow")
+        opt = IVON(model.parameters(), **SETTINGS | {"mc_samples": 1 if one else 2})
         said[way] = []
         for i in range(3):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                if way == "not":
+                if one:
                     opt.train()
                     with model.no_sync():
                         loss_of(model, data(i, rank, ranks)).backward()
@@ -128,8 +130,10 @@ def unaveraged(rank, ranks):
                     late = way == "late" and micro == 0
                     with model.no_sync() if late else nullcontext(), opt.sampled_params(train=True):
                         loss_of(model, data(2 * i + micro, rank, ranks)).backward()
+                opt.found_inf = torch.tensor(1.0) if way == "overflow" and i == 0 else None
                 opt.step()
-            said[way].append([(str(w.message), w.filename) for w in caught])
+            where = [linecache.getline(w.filename, w.lineno) for w in caught]
+            said[way].append([*zip((str(w.message) for w in caught), where, strict=True)])
     return {"mean": {}, "said": said}
 
 

@@ -184,6 +184,16 @@ def test_several_samples_a_step_are_the_plain_loop(settings, given, model, tmp_p
     )
 
 
+def test_the_samples_of_a_step_have_the_same_dropout(model, tmp_path):
+    states = []
+    model.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state().sum().item()))
+    model.bert.embeddings.dropout.p = 0.1
+    settings = SETTINGS | PAIRS | {"hess_every": 1}
+    trainer(model, tmp_path, settings=settings, kind=PairedTrainer).train()
+    assert states[::2] == states[1::2]
+    assert len(set(states)) == 6
+
+
 def test_several_samples_resume_log_and_save(model, tmp_path):
     whole, killed = copy.deepcopy(model), copy.deepcopy(model)
     how = {"settings": SETTINGS | PAIRS, "kind": PairedTrainer, "callbacks": [PosteriorCallback()]}
@@ -206,6 +216,10 @@ def test_several_samples_resume_log_and_save(model, tmp_path):
 def test_several_samples_refuse_what_they_cannot(model, tmp_path):
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
         trainer(model, tmp_path, kind=PairedTrainer, gradient_accumulation_steps=2).train()
+    its = trainer(model, tmp_path, kind=PairedTrainer)
+    its.accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match="bf16 in place of fp16"):
+        its.train()
     its = trainer(model, tmp_path, kind=PairedTrainer)
     its.optimizer_cls_and_kwargs = None
     with pytest.raises(TypeError, match="SeveralSamples need IVON"):

@@ -61,25 +61,33 @@ class Fingerprint(NamedTuple):
 
 def fingerprint(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Fingerprint | None:
     """Of those that are not sharded; None where a gradient is not finite."""
-    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     mine = [(p, g) for p, g in zip(params, grads, strict=True) if not is_sharded(p)]
-    found = Fingerprint([float(norm(p)) for p, _ in mine], [float(norm(g)) for _, g in mine])
+    found = Fingerprint([_size(p) for p, _ in mine], [_size(g) for _, g in mine])
     return found if all(map(math.isfinite, found.grads)) else None
 
 
-def unaveraged(own: Fingerprint | None) -> bool:
+def _size(t: Tensor) -> float:
+    """The norm, in the tensor's precision or float32: another one takes a copy."""
+    return float(torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)))
+
+
+def unaveraged(own: Fingerprint | None) -> bool | None:
     """Whether ranks with the same parameters have gradients of their own; all must call this.
 
-    Ranks that train other parameters than each other (pipelines, experts) may have them.
+    None where no rank has any. Ranks that train other parameters than each other (pipelines,
+    experts) may have gradients of their own; they are told by their parameters' sizes.
     """
     every: list[Any] = [None] * world()
     dist.all_gather_object(every, own)
     first, *others = [each for each in every if each] or [None]
+    if first is None:
+        return None
     return any(_close(o.params, first.params) and not _close(o.grads, first.grads) for o in others)
 
 
 def _close(ours: list[float], theirs: list[float]) -> bool:
-    near = partial(math.isclose, rel_tol=1e-5)
+    """Up to rounding, which is all there is of a gradient that should be zero."""
+    near = partial(math.isclose, rel_tol=1e-5, abs_tol=1e-5 * max(theirs, default=0.0))
     return len(ours) == len(theirs) and all(map(near, ours, theirs))
 
 

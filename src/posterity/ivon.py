@@ -300,7 +300,7 @@ class IVON(Optimizer):
         self._window = Window()
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
-        self._stepped = self._compared = False  # among ranks: a first step, and its gradients
+        self._stepped = self._compared = False  # among ranks: a first step and its gradients
         self._first_step: distributed.Fingerprint | None = None
         self._seeded = True  # whether the seed was given: else ranks have their own until then
         self._warned = False
@@ -563,10 +563,11 @@ class IVON(Optimizer):
         if slots and not self._agreed and not distributed.alone():
             groups.agree(self.param_groups)
             self._agreed = True
-        if slots and self._stepped and not self._compared:
-            self._compared = True
-            if distributed.unaveraged(self._first_step):
-                warnings.warn(UNAVERAGED, stacklevel=5 if way == "context" else 4)
+        if slots and self._stepped and not self._compared and not distributed.alone():
+            found = distributed.unaveraged(self._first_step)
+            self._stepped = self._compared = found is not None  # else the next step is looked at
+            if found:
+                warnings.warn(UNAVERAGED, stacklevel=4)
         groups.share_counters(self.param_groups)  # on the parameters' device: they may have moved
         if whole["pending"]:  # each sample of several starts from zero gradients
             for slot in slots:

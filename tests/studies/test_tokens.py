@@ -147,10 +147,10 @@ def test_a_corpus_of_one_piece_is_too_short_until_it_grows(vocabulary, tmp_path)
     corpus.write_text("the cat")
     with pytest.raises(UserError, match="is too short"):
         tokens.prepare(str(corpus), out)
+    assert not out.exists()
     corpus.write_text("the cat\n" * 5_000)
     facts = tokens.prepare(str(corpus), out)
-    assert facts["train"] > facts["held"] > 0
-    assert len(tokens.load(out)["train"]) == facts["train"]
+    assert len(tokens.load(out)["train"]) == facts["train"] > 0
 
 
 def test_two_processes_do_not_share_a_folder_of_tokens(corpus, tmp_path, monkeypatch):

@@ -125,14 +125,17 @@ class PosteriorCallback(TrainerCallback):
 
 
 class SeveralSamples:
-    """Mixin for Trainer, or a class made of it, that draws all ``mc_samples`` of a step.
+    """Mixin for Trainer that draws all ``mc_samples`` of a step.
 
-    Each sample is of the whole batch, and its gradient clipped to ``max_grad_norm`` before they are
-    summed up, as the paper's GPT-2 was. The ``grad_norm`` of the logs is their mean.
+    Or for a class made of it, whose ``training_step`` is called once for each sample. Each is of
+    the whole batch, with the same dropout, and its gradient clipped to ``max_grad_norm`` before
+    they are summed up; ``grad_norm`` in the logs is the mean of their norms. The parameters'
+    ``grad`` is then empty: ``on_pre_optimizer_step`` finds none.
 
     Raises:
-        ValueError: with accumulated gradients, for micro-batches of a step come one by one and each
-            sample has to see them all; with ``fp16``, whose scaler looks at one gradient a step.
+        ValueError: in training, with accumulated gradients, for micro-batches of a step come one
+            by one and each sample has to see them all; with ``fp16``, whose scaler looks at one
+            gradient a step.
 
     Example::
 
@@ -145,31 +148,33 @@ class SeveralSamples:
     (Trainer's own ``weight_decay`` and ``warmup_steps`` count, not the preset's.)
     """
 
-    norm: float | Tensor = 0.0  # of the last step's gradients, before they were clipped
+    _grad_norm: float | Tensor = 0.0  # of the last step, before gradients were clipped
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **given: Any) -> Tensor:
         """The mean loss of the step's samples; their gradients are with the optimizer."""
         trainer: Any = self
-        limit = trainer.args.max_grad_norm
-        if trainer.args.gradient_accumulation_steps > 1 or trainer.args.fp16:
+        arguments, accelerator = trainer.args, trainer.accelerator
+        if arguments.gradient_accumulation_steps > 1 or accelerator.scaler is not None:
             raise ValueError(
                 "SeveralSamples needs gradient_accumulation_steps=1, and bf16 in place of fp16"
             )
+        step = super().training_step  # pyright: ignore
+        limit = arguments.max_grad_norm if arguments.max_grad_norm > 0 else math.inf
+        gpu = [arguments.device] if arguments.device.type == "cuda" else []
         opt, losses, norms = _ivon(trainer.optimizer), [], []
-        for _ in range(opt.samples_due):
-            with opt.sampled_params(train=True):
-                step = super().training_step  # pyright: ignore
+        while left := opt.samples_due:
+            same = torch.random.fork_rng(gpu, enabled=left > 1)  # dropout, for the next one
+            with same, opt.sampled_params(train=True):
                 losses.append(step(model, copy.copy(inputs), *args, **given))
-                clip = trainer.accelerator.clip_grad_norm_
-                norms.append(clip(model.parameters(), limit or math.inf))
+                norms.append(accelerator.clip_grad_norm_(model.parameters(), limit))
         opt.zero_grad()  # Trainer would clip the last sample's again
-        self.norm = torch.stack(norms).mean()
+        self._grad_norm = torch.stack(norms).mean()
         return torch.stack(losses).mean()
 
     def log(self, logs: dict[str, float], *args: Any, **given: Any) -> None:
         """Trainer's log, with the norm."""
         if "grad_norm" in logs:
-            logs["grad_norm"] = float(self.norm)
+            logs["grad_norm"] = float(self._grad_norm)
         super().log(logs, *args, **given)  # pyright: ignore
 
 

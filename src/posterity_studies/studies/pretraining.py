@@ -120,6 +120,10 @@ SCALES = {
                 LanguageIvon(700.0, ess, memory=LIMITED.steps / 5, weight_decay=decay, beta1=0.8)
                 for ess, decay in ((1e8, 1e-6), (1e8, 2e-5), (2e5 * LIMITED.steps, 2e-5))
             ],
+            "pairs": [  # at every step: a graph replays one kind of step
+                PairedIvon(10.0, ess, 1e-3, 300.0, decay, 0.3, beta1=0.8, every=1)
+                for ess, decay in ((1e9, 1e-6), (1e8, 1e-6), (1e9, 1e-5))
+            ],
         },
         thin=2,
     ),
