@@ -145,7 +145,7 @@ class SeveralSamples:
         preset = IVON.defaults_for("language_pairs", n_train, steps)
         PairedTrainer(model, args, ..., optimizer_cls_and_kwargs=(IVON, preset))
 
-    (Trainer's own ``weight_decay`` and ``warmup_steps`` count, not the preset's.)
+    (The arguments' ``weight_decay`` counts, not the preset's.)
     """
 
     _grad_norm: float | Tensor = 0.0  # of the last step, before gradients were clipped
