@@ -106,6 +106,47 @@ def ddp(rank, ranks, how=None, **settings):
     return found(model, opt)
 
 
+class Fitted(nn.Module):
+    """For Hugging Face's Trainer, which asks a module for its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x, y):
+        return {"loss": loss_of(self.net, (x, y))}
+
+
+def in_trainer(rank, ranks, folder, batch=12, accumulate=1, **settings):
+    """Pairs, micro-batches accumulated; a rank's are ``batch`` examples."""
+    import transformers
+
+    from posterity.integrations.transformers import SeveralSamples
+
+    class PairedTrainer(SeveralSamples, transformers.Trainer):
+        pass
+
+    rows = [{"x": x, "y": y} for i in range(STEPS) for x, y in zip(*data(i), strict=True)]
+    arguments = transformers.TrainingArguments(
+        folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        max_steps=STEPS,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        ddp_backend="gloo",
+        report_to=[],
+        save_strategy="no",
+        max_grad_norm=0.05,
+    )
+    settings = SETTINGS | {"mc_samples": 2, "antithetic": True, "hess_every": 3} | settings
+    given = {"train_dataset": rows, "optimizer_cls_and_kwargs": (IVON, settings)}
+    trainer = PairedTrainer(Fitted(), arguments, **given)
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    return found(trainer.model, trainer.optimizer.optimizer)
+
+
 def unaveraged(rank, ranks):
     """What each of three steps warns of, by how gradients are averaged."""
     said = {}

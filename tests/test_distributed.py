@@ -82,6 +82,16 @@ def test_accumulation_clipping_and_autocast_on_ranks(kind, how, tmp_path):
     same(torchrun(2, kind, tmp_path, how=how), alone(how=how), rounding)
 
 
+@slow
+def test_several_samples_in_trainer_on_ranks_are_one_process(tmp_path):
+    pytest.importorskip("accelerate")
+    one, two = (
+        torchrun(n, "in_trainer", tmp_path, folder=str(tmp_path), batch=b, accumulate=a)
+        for n, b, a in ((1, 24, 1), (2, 4, 3))
+    )
+    same(two, one)
+
+
 PER_RANK = [
     ({}, {}),
     ({"way": "train"}, {}),

@@ -155,28 +155,43 @@ def test_trainer_is_the_plain_loop(given, model, tmp_path):
 PAIRS = {"mc_samples": 2, "antithetic": True, "hess_every": 2}
 
 
-@pytest.mark.parametrize(
-    ("settings", "given"),
-    [(PAIRS, {}), ({"mc_samples": 3}, {"max_grad_norm": 0.05}), (PAIRS, {"bf16": True}), ({}, {})],
-    ids=str,
-)
+SEVERAL = [
+    (PAIRS, {}),
+    ({"mc_samples": 3}, {"max_grad_norm": 0.05}),
+    (PAIRS, {"bf16": True}),
+    ({}, {}),
+    (PAIRS, {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}),
+]
+
+
+@pytest.mark.parametrize(("settings", "given"), SEVERAL, ids=str)
 def test_several_samples_a_step_are_the_plain_loop(settings, given, model, tmp_path):
-    """Each on the whole batch, and clipped by itself."""
+    """Each on the whole step's examples, and clipped by itself."""
     ours, theirs = copy.deepcopy(model), model
     seen, settings = Seen(ours), SETTINGS | settings
     its = trainer(ours, tmp_path, [seen], settings=settings, kind=PairedTrainer, **given)
-    its.train()
+    logged = its.train().training_loss
     opt, batches = IVON(groups(theirs), **settings), iter(seen.batches)
     theirs.train()
+    accumulate, losses = given.get("gradient_accumulation_steps", 1), []
     for _ in range(6):
-        for _ in range(opt.samples_due):
+        first, due = None, opt.samples_due
+        for _ in range(due):
+            sample = [next(batches) for _ in range(accumulate)]
+            first = first or sample
             with opt.sampled_params(train=True):
                 opt.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16, enabled=given.get("bf16", False)):
-                    theirs(**next(batches)).loss.backward()
+                for batch, expected in zip(sample, first, strict=True):
+                    equal(batch, expected)
+                    with torch.autocast("cpu", torch.bfloat16, enabled=given.get("bf16", False)):
+                        loss = theirs(**batch).loss
+                    part = loss if "num_items_in_batch" in batch else loss / accumulate
+                    part.backward()
+                    losses.append(part.item() / due)
                 nn.utils.clip_grad_norm_(theirs.parameters(), given.get("max_grad_norm", 1.0))
         opt.step()
     assert next(batches, None) is None
+    assert logged == pytest.approx(sum(losses) / 6, rel=1e-5)
     equal(weights(ours), weights(theirs))
     state = its.optimizer.optimizer.state_dict()["state"]
     assert all(
@@ -194,9 +209,11 @@ def test_the_samples_of_a_step_have_the_same_dropout(model, tmp_path):
     assert len(set(states)) == 6
 
 
-def test_several_samples_resume_log_and_save(model, tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_several_samples_resume_log_and_save(accumulate, model, tmp_path):
     whole, killed = copy.deepcopy(model), copy.deepcopy(model)
     how = {"settings": SETTINGS | PAIRS, "kind": PairedTrainer, "callbacks": [PosteriorCallback()]}
+    how |= {"gradient_accumulation_steps": accumulate}
     how |= {"save_strategy": "steps", "save_steps": 3, "logging_strategy": "steps"}
     how |= {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
     its = trainer(whole, tmp_path / "whole", **how)
@@ -213,9 +230,26 @@ def test_several_samples_resume_log_and_save(model, tmp_path):
     equal({n: posterior.mean[n] for n in weights(whole)}, weights(whole))
 
 
+class Interrupt(transformers.TrainerCallback):
+    """In the midst of the second step's micro-batches."""
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def test_micro_batches_of_an_interrupted_step_are_forgotten(model, tmp_path):
+    how = {"settings": SETTINGS | PAIRS, "kind": PairedTrainer, "callbacks": [Interrupt()]}
+    its = trainer(model, tmp_path, gradient_accumulation_steps=2, **how)
+    with pytest.raises(KeyboardInterrupt):
+        its.train()
+    its.remove_callback(Interrupt)
+    seen = Seen(model)
+    its.train()
+    assert len(seen.batches) == 2 * (1 + 2) * 3  # the interrupted step rests h, and so on
+
+
 def test_several_samples_refuse_what_they_cannot(model, tmp_path):
-    with pytest.raises(ValueError, match="gradient_accumulation_steps=1"):
-        trainer(model, tmp_path, kind=PairedTrainer, gradient_accumulation_steps=2).train()
     its = trainer(model, tmp_path, kind=PairedTrainer)
     its.accelerator.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(ValueError, match="bf16 in place of fp16"):

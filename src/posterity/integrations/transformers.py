@@ -12,6 +12,7 @@ import copy
 import math
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,15 +128,14 @@ class PosteriorCallback(TrainerCallback):
 class SeveralSamples:
     """Mixin for Trainer that draws all ``mc_samples`` of a step.
 
-    Or for a class made of it, whose ``training_step`` is called once for each sample. Each is of
-    the whole batch, with the same dropout, and its gradient clipped to ``max_grad_norm`` before
-    they are summed up; ``grad_norm`` in the logs is the mean of their norms. The parameters'
-    ``grad`` is then empty: ``on_pre_optimizer_step`` finds none.
+    Or for a class made of it, whose ``training_step`` is called for each sample and micro-batch.
+    Each sample is of the whole step, with the same dropout, and its gradient clipped to
+    ``max_grad_norm`` before they are summed up; ``grad_norm`` in the logs is the mean of their
+    norms. The parameters' ``grad`` is then empty: ``on_pre_optimizer_step`` finds none. Accumulated
+    micro-batches wait for the last of their step, for each sample has to see them all.
 
     Raises:
-        ValueError: in training, with accumulated gradients, for micro-batches of a step come one
-            by one and each sample has to see them all; with ``fp16``, whose scaler looks at one
-            gradient a step.
+        ValueError: in training with ``fp16``, whose scaler looks at one gradient a step.
 
     Example::
 
@@ -150,26 +150,37 @@ class SeveralSamples:
 
     _grad_norm: float | Tensor = 0.0  # of the last step, before gradients were clipped
 
+    def train(self, *args: Any, **given: Any) -> Any:
+        """Trainer's training; micro-batches of a step that was interrupted are not in it."""
+        self._waiting: list[Any] = []
+        return super().train(*args, **given)  # pyright: ignore
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **given: Any) -> Tensor:
         """The mean loss of the step's samples; their gradients are with the optimizer."""
         trainer: Any = self
         arguments, accelerator = trainer.args, trainer.accelerator
-        if arguments.gradient_accumulation_steps > 1 or accelerator.scaler is not None:
-            raise ValueError(
-                "SeveralSamples needs gradient_accumulation_steps=1, and bf16 in place of fp16"
-            )
+        if accelerator.scaler is not None:
+            raise ValueError("SeveralSamples needs bf16 in place of fp16")
+        opt = _ivon(trainer.optimizer)
+        self._waiting.append(inputs)
+        if not accelerator.sync_gradients:
+            return torch.zeros((), device=arguments.device)
+        batches, self._waiting = self._waiting, []
         step = super().training_step  # pyright: ignore
         limit = arguments.max_grad_norm if arguments.max_grad_norm > 0 else math.inf
         gpu = [arguments.device] if arguments.device.type == "cuda" else []
-        opt, losses, norms = _ivon(trainer.optimizer), [], []
+        losses, norms = [], []
         while left := opt.samples_due:
             same = torch.random.fork_rng(gpu, enabled=left > 1)  # dropout, for the next one
             with same, opt.sampled_params(train=True):
-                losses.append(step(model, copy.copy(inputs), *args, **given))
+                for k, batch in enumerate(batches, 1):
+                    last = k == len(batches)
+                    with nullcontext() if last else accelerator.no_sync(model):
+                        losses.append(step(model, copy.copy(batch), *args, **given))
                 norms.append(accelerator.clip_grad_norm_(model.parameters(), limit))
         opt.zero_grad()  # Trainer would clip the last sample's again
         self._grad_norm = torch.stack(norms).mean()
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum() / len(norms)
 
     def log(self, logs: dict[str, float], *args: Any, **given: Any) -> None:
         """Trainer's log, with the norm."""
