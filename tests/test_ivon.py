@@ -1303,11 +1303,11 @@ def test_a_parameter_of_another_kind_at_its_address_is_noticed_by_the_step(how):
 def test_a_step_finds_unmoved_parameters_unmoved_whatever_their_dtypes():
     params = [torch.nn.Parameter(torch.ones(3, dtype=t)) for t in (BF16, torch.float32, BF16)]
     opt = IVON(params, 0.1, ess=10.0, seed=0)
-    assert not opt._stayed()
+    assert not opt._trained.stayed(opt.state)
     opt.train()
-    assert opt._stayed()
+    assert opt._trained.stayed(opt.state)
     params[1].data = params[1].data.clone()
-    assert not opt._stayed()
+    assert not opt._trained.stayed(opt.state)
 
 
 def test_frozen_parameters_may_be_anything():

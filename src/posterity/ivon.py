@@ -6,8 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter
 from typing import Any, Literal
 
 import torch
@@ -17,17 +15,14 @@ from torch.optim import Optimizer
 from . import checkpoint, distributed, groups, ops, presets
 from .binding import clean_name
 from .diagnostics import Diagnostics, Layer
-from .groups import Group, low_precision
+from .groups import Group
 from .ops.reference import curvature
 from .posterior import Posterior
 from .sampling import Draw, Written, forget_copies, touch
 from .slots import Slot, state_of
+from .trained import Trained
 from .window import Window
 
-KIND = attrgetter("dtype"), Tensor.is_contiguous  # of what lies at an address
-SHAPE = attrgetter("shape")
-TRAINED = attrgetter("requires_grad")
-HELD = itemgetter("hess", "momentum", "step")  # of the state
 NO_SAMPLE = (
     "IVON.step() found no posterior sample: gradients must be taken at a sample of the weights. "
     "Wrap forward and backward pass in `with opt.sampled_params(train=True):`, or pass a closure "
@@ -294,10 +289,8 @@ class IVON(Optimizer):
 
     def _reset(self) -> None:
         """Make what stands beside the state."""
-        self._known: dict[int, Slot] = {}
-        self._seen: tuple[list[Any], list[Any], list[Slot]] = [], [], []  # facts, and their slots
-        self._asked: list[Tensor] = []  # what a step asks again
         self._window = Window()
+        self._trained = Trained(self._window)
         self._inside = ""  # the context we are in
         self._agreed = False  # whether all ranks share the counters
         self._stepped = self._compared = False  # among ranks: a first step and its gradients
@@ -380,114 +373,8 @@ class IVON(Optimizer):
                 self._window.enter(newcomers, group["store_mean"])
 
     def _slots(self) -> list[Slot]:
-        """Every trainable parameter; its state is made on first use and follows it when moved."""
-        objects, facts, slots = self._seen
-        now = self._facts()
-        if not (len(objects) == len(now[0]) and all(map(is_, objects, now[0])) and facts == now[1]):
-            self._window.look_again()
-            slots = self._look()
-            self._seen = *self._facts(), slots
-            whole = all(slot.pieces is None for slot in slots)  # the others have no address
-            self._asked = [slot.param for slot in slots] if whole else []
-        return slots
-
-    def _facts(self) -> tuple[list[Any], list[Any]]:
-        """What decides the slots and where they are, by C calls alone: every step asks for it.
-
-        Objects that must be the same, and what must be equal.
-        """
-        params = [p for group in self.param_groups for p in group["params"]]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        trained = [*map(TRAINED, params)]
-        learning = [*compress(params, trained)]  # frozen ones may be anything
-        try:
-            states, held = self._held()
-        except KeyError:  # some state is still to be made
-            return [object()], []
-        memory = [_addresses(learning), _addresses(held)]
-        kinds = [[*map(ask, learning)] for ask in (*KIND, SHAPE)]
-        whole = self._whole["fused"], self._whole["capturable"]
-        same = [*self.param_groups, *params, *states, *held]
-        return same, [*memory, *kinds, sizes, trained, whole]
-
-    def _held(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
-        """All state, and its tensors."""
-        states = [state for state in self.state.values() if state]
-        held = [*chain.from_iterable(map(HELD, states))]
-        return states, held + [state["mean"] for state in states if "mean" in state]
-
-    def _stayed(self) -> bool:
-        """Whether all that is trained, and its state, are where and as the last draw found them."""
-        params = self._asked
-        with suppress(KeyError):
-            now = [_addresses(params), _addresses(self._held()[1])]
-            return bool(params) and now + [[*map(ask, params)] for ask in KIND] == self._seen[1][:4]
-        return False
-
-    def _look(self) -> list[Slot]:
-        known, slots, number, sharded = self._known, [], -1, False
-        for group in self.param_groups:
-            for p in group["params"]:
-                number += 1
-                if p.requires_grad:
-                    slot = known.get(number)
-                    state = self.state.get(p)
-                    if slot is None or slot.state is not state or not slot.fits(p, group):
-                        slot = known[number] = Slot(p, group, self._state(p, group), number)
-                        sharded = sharded or slot.pieces is not None
-                        if self._window.draw is not None:
-                            self._window.draw.renew(slot)
-                    slots.append(slot)
-        if sharded:
-            distributed.gathered.find()
-        if len(slots) < len(known):  # frozen since, or gone
-            self._known = {slot.number: slot for slot in slots}
-            self._window.prune(self._known)
-        return slots
-
-    @torch.inference_mode(False)  # state made while evaluating must serve training too
-    @torch.no_grad()
-    def _state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        if not self.state.get(p):
-            groups.check_trainable(p, group)
-        if group["hess_init"] == "auto":
-            self._begin()
-        state, dtype = self.state[p], groups.state_dtype(p)
-        on = groups.counter_device(p, group)
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=on)
-            shape = distributed.local(p).shape
-            for name, value in (("momentum", 0.0), ("hess", float(group["hess_init"]))):
-                # row-major, as the passes go: a channels-last parameter alone is then copied
-                values = torch.full(shape, value, dtype=dtype, device=p.device)
-                state[name] = distributed.like(values, p)
-        if low_precision(p) != ("mean" in state):
-            groups.check_trainable(p, group)
-            state.pop("mean", None)
-            if low_precision(p):
-                values = distributed.local(p).to(dtype, memory_format=torch.contiguous_format)
-                state["mean"] = distributed.like(values.detach(), p)
-        if state["hess"].device != p.device or state["hess"].dtype != dtype:
-            for name in state.keys() & checkpoint.SHAPED:
-                state[name] = state[name].to(p.device, dtype)
-        if state["hess"].shape != p.shape:
-            raise ValueError(
-                f"a parameter has become {tuple(p.shape)}, but its state is "
-                f"{tuple(state['hess'].shape)}: build a new IVON for it"
-            )
-        state["step"] = state["step"].to(on, torch.float32)
-        return state
-
-    def _begin(self) -> None:
-        """Let "auto" be a number in every group that has it, by the weights as they are."""
-        trained = (p for g in self.param_groups for p in g["params"] if p.requires_grad)
-        width = groups.SHARE * groups.typical_size(trained)
-        for group in (g for g in self.param_groups if g["hess_init"] == "auto"):
-            start = 1 / (float(group["ess"]) * width**2) - group["weight_decay"]
-            group["hess_init"] = max(start, 0.0)
-            for state in (self.state.get(p) for p in group["params"]):
-                if state and not state["step"]:  # made for a checkpoint that was not loaded
-                    distributed.local(state["hess"]).fill_(group["hess_init"])
+        """Every trainable parameter, with its state."""
+        return self._trained.slots(self.param_groups, self.state)
 
     # -- three ways to sample ---------------------------------------------------------------------
 
@@ -730,7 +617,7 @@ class IVON(Optimizer):
         if found_inf is not None and float(found_inf):
             return None
         draw = self._window.draw
-        if not self._stayed():
+        if not self._trained.stayed(self.state):
             self._slots()  # they have moved since the sample was drawn
         unscaled = found_inf is not None and scale is None
         if unscaled and draw is not None and draw.products is not None:
@@ -828,7 +715,7 @@ class IVON(Optimizer):
         finally:
             for group in auto:  # the weights are not loaded yet: the first sample looks at them
                 group["hess_init"] = "auto"
-                self._known, self._seen = {}, ([], [], [])
+            self._trained.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. Those of a sample that waits for ``step()`` are not lost.
@@ -1018,7 +905,3 @@ class IVON(Optimizer):
                 steps = int(state["step"])
                 layers.append(Layer.of(name, mean, momentum, hess, steps, slot.group))
         return Diagnostics(layers, loss, batch)
-
-
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    return [*map(Tensor.data_ptr, tensors)]
