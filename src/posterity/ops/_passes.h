@@ -133,14 +133,13 @@ struct Normals {
   }
 };
 
-// Calls elements into the cache that are needed soon.
-constexpr int SOON = 64;  // elements: where there is no noise to be made meanwhile
+// Calls elements of the next chunk into the cache.
 INLINE void fetch(const float *from, int count) {
-  for (int line = 0; line < count; line += 16) __builtin_prefetch(from + line);
+  for (int line = 0; line < count; line += 16) __builtin_prefetch(from + CHUNK + line);
 }
 
 // What a pass does to the vectors of a chunk, with their noise, all of it before, where it needs any.
-// The streams come meanwhile.
+// The streams' next chunk comes meanwhile.
 template <class Work, class... Stream>
 INLINE void each(const Normals *noise, Work work, Stream... streams) {
   alignas(64) float e[CHUNK];
@@ -150,7 +149,7 @@ INLINE void each(const Normals *noise, Work work, Stream... streams) {
     noise->pair(i, e);
   }
   for (int i = 0; i < CHUNK; i += WIDTH) {
-    if (!noise) (fetch(streams + i + SOON, WIDTH), ...);
+    if (!noise) (fetch(streams + i, WIDTH), ...);
     work(i, noise ? get(e + i) : F{});
   }
 }
@@ -257,7 +256,7 @@ INLINE void restore(const Row &row, const Span &span) {
   float *to = place(row.param, span, low, b);
   const bool past = span.past && to != b && !(uintptr_t(to) % 64);
   for (int i = 0; i < CHUNK; i += WIDTH) {
-    fetch(means + i + SOON, WIDTH);
+    fetch(means + i, WIDTH);
     const F m = get(means + i);
     past ? put_past(m, to + i) : put(m, to + i);
   }
