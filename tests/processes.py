@@ -117,8 +117,8 @@ class Fitted(nn.Module):
         return {"loss": loss_of(self.net, (x, y))}
 
 
-def in_trainer(rank, ranks, folder, batch=12, accumulate=1, **settings):
-    """Pairs, micro-batches accumulated; a rank's are ``batch`` examples."""
+def in_trainer(rank, ranks, folder, batch, accumulate=1, always=False):
+    """Pairs, micro-batches of ``batch`` examples accumulated; and how often ranks did not speak."""
     import transformers
 
     from posterity.integrations.transformers import SeveralSamples
@@ -126,6 +126,9 @@ def in_trainer(rank, ranks, folder, batch=12, accumulate=1, **settings):
     class PairedTrainer(SeveralSamples, transformers.Trainer):
         pass
 
+    quiet, ddp = [], nn.parallel.DistributedDataParallel
+    no_sync = ddp.no_sync
+    ddp.no_sync = lambda model: quiet.append(0) or no_sync(model)
     rows = [{"x": x, "y": y} for i in range(STEPS) for x, y in zip(*data(i), strict=True)]
     arguments = transformers.TrainingArguments(
         folder,
@@ -138,13 +141,13 @@ def in_trainer(rank, ranks, folder, batch=12, accumulate=1, **settings):
         report_to=[],
         save_strategy="no",
         max_grad_norm=0.05,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": always}},
     )
-    settings = SETTINGS | {"mc_samples": 2, "antithetic": True, "hess_every": 3} | settings
+    settings = SETTINGS | {"mc_samples": 2, "antithetic": True, "hess_every": 3}
     given = {"train_dataset": rows, "optimizer_cls_and_kwargs": (IVON, settings)}
     trainer = PairedTrainer(Fitted(), arguments, **given)
     trainer.train()
-    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-    return found(trainer.model, trainer.optimizer.optimizer)
+    return found(trainer.model, trainer.optimizer.optimizer) | {"quiet": len(quiet)}
 
 
 def unaveraged(rank, ranks):
@@ -244,6 +247,17 @@ def fsdp(
             looks.append(model(data(0)[0]))
         out["looks"] = torch.stack(looks)
     return out
+
+
+def looked_at_first(rank, ranks):
+    """An evaluation sample of shards whose h is still to begin, in inference mode."""
+    model = sharded(network(), ranks)
+    opt = IVON(model.parameters(), **SETTINGS | {"hess_init": "auto"})
+    with torch.inference_mode(), opt.sampled_params():
+        pass
+    for i in range(STEPS):
+        step(model, opt, [data(i, rank, ranks)])
+    return found(model, opt)
 
 
 def narrowed(rank, ranks):

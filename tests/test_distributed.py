@@ -85,11 +85,18 @@ def test_accumulation_clipping_and_autocast_on_ranks(kind, how, tmp_path):
 @slow
 def test_several_samples_in_trainer_on_ranks_are_one_process(tmp_path):
     pytest.importorskip("accelerate")
-    one, two = (
-        torchrun(n, "in_trainer", tmp_path, folder=str(tmp_path), batch=b, accumulate=a)
-        for n, b, a in ((1, 24, 1), (2, 4, 3))
+    one, two, always = (
+        torchrun(ranks, "in_trainer", tmp_path, folder=str(tmp_path), **given)
+        for ranks, given in (
+            (1, {"batch": 24}),
+            (2, {"batch": 4, "accumulate": 3}),
+            (2, {"batch": 4, "accumulate": 3, "always": True}),
+        )
     )
     same(two, one)
+    same(always, one)
+    samples = 2 * 7 + 13  # of 20 steps
+    assert (two["quiet"], always["quiet"]) == (2 * (samples + STEPS), 0)  # STEPS are Trainer's own
 
 
 PER_RANK = [
@@ -153,6 +160,11 @@ FSDP = [
 @pytest.mark.parametrize(("ranks", "ours", "theirs"), FSDP, ids=str)
 def test_fsdp2_is_one_process(ranks, ours, theirs, tmp_path):
     same(torchrun(ranks, "fsdp", tmp_path, **ours), alone(**theirs))
+
+
+@slow
+def test_shards_are_looked_at_first_in_inference_mode(tmp_path):
+    same(torchrun(2, "looked_at_first", tmp_path), alone(hess_init="auto"))
 
 
 @slow

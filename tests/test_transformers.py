@@ -160,7 +160,7 @@ SEVERAL = [
     ({"mc_samples": 3}, {"max_grad_norm": 0.05}),
     (PAIRS, {"bf16": True}),
     ({}, {}),
-    (PAIRS, {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}),
+    (PAIRS, {"gradient_accumulation_steps": 5, "max_grad_norm": 0.05}),
 ]
 
 
@@ -174,10 +174,11 @@ def test_several_samples_a_step_are_the_plain_loop(settings, given, model, tmp_p
     opt, batches = IVON(groups(theirs), **settings), iter(seen.batches)
     theirs.train()
     accumulate, losses = given.get("gradient_accumulation_steps", 1), []
-    for _ in range(6):
+    epoch = [min(accumulate, 12 - i) for i in range(0, 12, accumulate)]  # its last step is short
+    for count in (epoch * 6)[:6]:
         first, due = None, opt.samples_due
         for _ in range(due):
-            sample = [next(batches) for _ in range(accumulate)]
+            sample = [next(batches) for _ in range(count)]
             first = first or sample
             with opt.sampled_params(train=True):
                 opt.zero_grad()
@@ -185,7 +186,7 @@ def test_several_samples_a_step_are_the_plain_loop(settings, given, model, tmp_p
                     equal(batch, expected)
                     with torch.autocast("cpu", torch.bfloat16, enabled=given.get("bf16", False)):
                         loss = theirs(**batch).loss
-                    part = loss if "num_items_in_batch" in batch else loss / accumulate
+                    part = loss if "num_items_in_batch" in batch else loss / count
                     part.backward()
                     losses.append(part.item() / due)
                 nn.utils.clip_grad_norm_(theirs.parameters(), given.get("max_grad_norm", 1.0))
@@ -231,22 +232,46 @@ def test_several_samples_resume_log_and_save(accumulate, model, tmp_path):
 
 
 class Interrupt(transformers.TrainerCallback):
-    """In the midst of the second step's micro-batches."""
+    """Of the second step, and what had been seen of it."""
 
-    def on_substep_end(self, args, state, control, **_):
+    def __init__(self, where):
+        setattr(self, where, self.interrupt)
+
+    def interrupt(self, args, state, control, **_):
         if state.global_step == 1:
             raise KeyboardInterrupt
 
 
-def test_micro_batches_of_an_interrupted_step_are_forgotten(model, tmp_path):
-    how = {"settings": SETTINGS | PAIRS, "kind": PairedTrainer, "callbacks": [Interrupt()]}
-    its = trainer(model, tmp_path, gradient_accumulation_steps=2, **how)
+@pytest.mark.parametrize("where", ["on_substep_end", "on_pre_optimizer_step", "second sample"])
+def test_an_interrupted_step_leaves_nothing_for_the_next_training(where, model, tmp_path):
+    how = {"settings": SETTINGS | PAIRS | {"hess_every": 1}, "kind": PairedTrainer}
+    how |= {"callbacks": [Interrupt(where)], "gradient_accumulation_steps": 2}
+    its = trainer(model, tmp_path, **how)
+    calls = []
+
+    def interrupt(*_):
+        calls.append(0)
+        if len(calls) == 4 + 3 and where == "second sample":
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         its.train()
+    handle.remove()
     its.remove_callback(Interrupt)
     seen = Seen(model)
     its.train()
-    assert len(seen.batches) == 2 * (1 + 2) * 3  # the interrupted step rests h, and so on
+    assert len(seen.batches) == 2 * 2 * 6
+
+
+def test_a_sample_without_gradients_ends(model, tmp_path):
+    """Of parameters that the batches do not reach."""
+    settings = SETTINGS | PAIRS
+    opt = IVON([nn.Parameter(torch.zeros(3))], **settings)
+    schedule = torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0)
+    its = trainer(model, tmp_path, optimizers=(opt, schedule), kind=PairedTrainer)
+    with pytest.warns(UserWarning, match="no gradient"):
+        its.train()
 
 
 def test_several_samples_refuse_what_they_cannot(model, tmp_path):

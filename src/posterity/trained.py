@@ -148,6 +148,7 @@ def _fitted(p: Tensor, group: Group, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _begin(param_groups: list[Group], state: State) -> None:
     """Let "auto" be a number in every group that has it, by the weights as they are."""

@@ -132,7 +132,8 @@ class SeveralSamples:
     Each sample is of the whole step, with the same dropout, and its gradient clipped to
     ``max_grad_norm`` before they are summed up; ``grad_norm`` in the logs is the mean of their
     norms. The parameters' ``grad`` is then empty: ``on_pre_optimizer_step`` finds none. Accumulated
-    micro-batches wait for the last of their step, for each sample has to see them all.
+    micro-batches wait for the last of their step, for each sample has to see them all: their loss
+    is 0 until then. A ``training_step`` must not count its calls.
 
     Raises:
         ValueError: in training with ``fp16``, whose scaler looks at one gradient a step.
@@ -149,34 +150,43 @@ class SeveralSamples:
     """
 
     _grad_norm: float | Tensor = 0.0  # of the last step, before gradients were clipped
+    _waiting: tuple[Any, ...] = ()  # calls of training_step, for the last of their step
 
     def train(self, *args: Any, **given: Any) -> Any:
-        """Trainer's training; micro-batches of a step that was interrupted are not in it."""
-        self._waiting: list[Any] = []
-        return super().train(*args, **given)  # pyright: ignore
+        """Trainer's training; an unfinished step's micro-batches go with it."""
+        try:
+            return super().train(*args, **given)  # pyright: ignore
+        finally:
+            self._waiting = ()
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **given: Any) -> Tensor:
-        """The mean loss of the step's samples; their gradients are with the optimizer."""
+        """The mean loss of the step's samples, once all its micro-batches are there, and before 0.
+
+        The samples' gradients are with the optimizer.
+        """
         trainer: Any = self
         arguments, accelerator = trainer.args, trainer.accelerator
         if accelerator.scaler is not None:
             raise ValueError("SeveralSamples needs bf16 in place of fp16")
         opt = _ivon(trainer.optimizer)
-        self._waiting.append(inputs)
+        calls = (*self._waiting, (inputs, args, given))
         if not accelerator.sync_gradients:
+            self._waiting = calls
             return torch.zeros((), device=arguments.device)
-        batches, self._waiting = self._waiting, []
+        self._waiting = ()
         step = super().training_step  # pyright: ignore
+        always = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         limit = arguments.max_grad_norm if arguments.max_grad_norm > 0 else math.inf
         gpu = [arguments.device] if arguments.device.type == "cuda" else []
         losses, norms = [], []
-        while left := opt.samples_due:
+        opt._end_window()  # of a step that was interrupted between its samples
+        for left in range(opt.samples_due, 0, -1):
             same = torch.random.fork_rng(gpu, enabled=left > 1)  # dropout, for the next one
             with same, opt.sampled_params(train=True):
-                for k, batch in enumerate(batches, 1):
-                    last = k == len(batches)
-                    with nullcontext() if last else accelerator.no_sync(model):
-                        losses.append(step(model, copy.copy(batch), *args, **given))
+                for k, (batch, rest, named) in enumerate(calls, 1):
+                    synced = always or k == len(calls)
+                    with nullcontext() if synced else accelerator.no_sync(model):
+                        losses.append(step(model, copy.copy(batch), *rest, **named))
                 norms.append(accelerator.clip_grad_norm_(model.parameters(), limit))
         opt.zero_grad()  # Trainer would clip the last sample's again
         self._grad_norm = torch.stack(norms).mean()
