@@ -133,23 +133,23 @@ struct Normals {
   }
 };
 
-// Calls elements of the next chunk into the cache.
+// Calls elements into the cache that are needed soon.
 INLINE void fetch(const float *from, int count) {
-  for (int line = 0; line < count; line += 16) __builtin_prefetch(from + CHUNK + line);
+  for (int line = 0; line < count; line += 16) __builtin_prefetch(from + line);
 }
 
 // What a pass does to the vectors of a chunk, with their noise, all of it before, where it needs any.
-// The streams' next chunk comes meanwhile.
+// The streams come meanwhile.
 template <class Work, class... Stream>
 INLINE void each(const Normals *noise, Work work, Stream... streams) {
   alignas(64) float e[CHUNK];
   for (int i = 0; noise && i < HALF; i += Normals::VECTORS * WIDTH) noise->bits(i, e);
   for (int i = 0; noise && i < HALF; i += WIDTH) {
-    (fetch(streams + 2 * i, 2 * WIDTH), ...);
+    (fetch(streams + 2 * i + AHEAD.noisy, 2 * WIDTH), ...);
     noise->pair(i, e);
   }
   for (int i = 0; i < CHUNK; i += WIDTH) {
-    if (!noise) (fetch(streams + i, WIDTH), ...);
+    if (!noise) (fetch(streams + i + AHEAD.still, WIDTH), ...);
     work(i, noise ? get(e + i) : F{});
   }
 }
@@ -256,7 +256,7 @@ INLINE void restore(const Row &row, const Span &span) {
   float *to = place(row.param, span, low, b);
   const bool past = span.past && to != b && !(uintptr_t(to) % 64);
   for (int i = 0; i < CHUNK; i += WIDTH) {
-    fetch(means + i, WIDTH);
+    fetch(means + i + AHEAD.still, WIDTH);
     const F m = get(means + i);
     past ? put_past(m, to + i) : put(m, to + i);
   }
