@@ -232,7 +232,7 @@ def test_several_samples_resume_log_and_save(accumulate, model, tmp_path):
 
 
 class Interrupt(transformers.TrainerCallback):
-    """Of the second step, and what had been seen of it."""
+    """Ends training in its second step, by an event of Trainer's."""
 
     def __init__(self, where):
         setattr(self, where, self.interrupt)
