@@ -63,22 +63,22 @@ class Trained:
         return False
 
     def _look(self, param_groups: list[Group], state: State) -> list[Slot]:
-        known, slots, number, sharded = self._known, [], -1, False
-        for group in param_groups:
-            for p in group["params"]:
-                number += 1
-                if p.requires_grad:
-                    slot = known.get(number)
-                    if slot is None or slot.state is not state.get(p) or not slot.fits(p, group):
-                        if not state.get(p):
-                            groups.check_trainable(p, group)
-                        if group["hess_init"] == "auto":
-                            _begin(param_groups, state)
-                        slot = known[number] = Slot(p, group, _fitted(p, group, state[p]), number)
-                        sharded = sharded or slot.pieces is not None
-                        if self._window.draw is not None:
-                            self._window.draw.renew(slot)
-                    slots.append(slot)
+        known, slots, sharded = self._known, [], False
+        members = ((group, p) for group in param_groups for p in group["params"])
+        for number, (group, p) in enumerate(members):
+            if not p.requires_grad:
+                continue
+            slot = known.get(number)
+            if slot is None or slot.state is not state.get(p) or not slot.fits(p, group):
+                if not state.get(p):
+                    groups.check_trainable(p, group)
+                if group["hess_init"] == "auto":
+                    _begin(param_groups, state)
+                slot = known[number] = Slot(p, group, _fitted(p, group, state[p]), number)
+                sharded = sharded or slot.pieces is not None
+                if self._window.draw is not None:
+                    self._window.draw.renew(slot)
+            slots.append(slot)
         if sharded:
             distributed.gathered.find()
         if len(slots) < len(known):  # frozen since, or gone

@@ -98,8 +98,8 @@ INLINE uint32_t word(float x) { uint32_t w; std::memcpy(&w, &x, 4); return w; }
 INLINE float real(uint32_t w) { float x; std::memcpy(&x, &w, 4); return x; }
 
 // How many elements ahead a pass calls its streams into the cache, beside the making of noise and
-// without. Streams often lie alike, and eight ways do not hold the next chunk of all of them, too:
-// Zen 4 was faster without it, Zen 5, of twelve ways, is with it.
+// without. Zen 5 is faster with the next chunk. Streams often lie alike, and a cache of eight ways does
+// not hold that of all of them, too: for those it stays as it was tuned on Zen 4.
 const struct Ahead { int64_t noisy, still; } AHEAD = [] {
 #ifdef _SC_LEVEL1_DCACHE_ASSOC
   if (sysconf(_SC_LEVEL1_DCACHE_ASSOC) >= 12) return Ahead{CHUNK, CHUNK};
