@@ -247,8 +247,8 @@ class Tokens:
     """
 
     corpus: Annotated[Name, tyro.conf.arg(metavar="CORPUS")]
-    """A file; a folder of files *.txt; anarchism, dictionary, or anarchism+dictionary; or a data
-    set of the Hugging Face hub, such as Skylion007/openwebtext."""
+    """A file; a folder of files *.txt; anarchism, dictionary or news, or several joined by +; or a
+    data set of the Hugging Face hub, such as Skylion007/openwebtext."""
     out: Path
     """Folder for train.bin, held.bin and tokens.json."""
     as_json: Json = False

