@@ -192,7 +192,7 @@ def _pretrain(
     return result
 
 
-def load(folder: Path) -> tuple[GPT, Samples | None]:
+def load(folder: Path) -> tuple[GPT, Posterior | None]:
     """The network of a finished run at its mean, and its posterior if there is one."""
     config = runs.read_json(folder / "config.json")
     model = GPT(GPTConfig(**config["shape"])).to(ranks.device())

@@ -215,7 +215,7 @@ def corpus(tmp_path, monkeypatch):
     """The study's texts, but short."""
     monkeypatch.setenv("POSTERITY_DATA", str(tmp_path / "cache"))
     origins = {}
-    for name in pretraining.TEXTS:
+    for name in (*pretraining.TEXTS, *pretraining.NEWS):
         arrays = {f"{split}.targets": np.zeros(0, np.uint8) for split in ("train", "test")}
         arrays |= {f"{split}.inputs": TOKENS.numpy() for split in ("train", "test")}
         cache.prepare(name)
@@ -245,6 +245,38 @@ def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeyp
     assert "IVON" in judges.pretrained(found)[1]
     assert (tmp_path / "out/pretraining.png").read_bytes().startswith(b"\x89PNG")
     assert pretraining.study(tmp_path / "out", [0, 1], "smoke", silent) == found
+    assert_judged_on_news(found, tmp_path / "out")
+
+
+def assert_judged_on_news(found, out):
+    """The temperature is of one half of the news, the scores are of the other."""
+    rows = found["temperatures"]["ivon"]
+    assert [*found["temperatures"]] == ["ivon"]  # AdamW has no posterior
+    assert [row["temperature"] for row in rows] == list(pretraining.TEMPERATURES)
+    of_trial = next(t for t in found["trials"]["ivon"] if t["settings"]["lr"] == 20.0)
+    assert rows[0]["held"] == {k: v for k, v in of_trial.items() if k != "settings"}
+    assert len({row["held"]["8"] for row in rows}) == len(rows)
+    assert len({row["held"]["mean"] for row in rows}) == 1
+    best = min(rows, key=lambda row: row["news"]["8"])["temperature"]
+    files = [f"scores-news-1{f'-t{best:g}' * (best != 1)}.json" for best in (1, best)]
+    for optimizer, name in zip(("adamw", "ivon"), files, strict=True):
+        for seed, run in enumerate(found["runs"][optimizer]):
+            number = 1 if optimizer == "adamw" else 0
+            kept = out / f"{optimizer}-{number}-seed{seed}" / name
+            assert runs.read_json(kept)["found"] == run["news"]
+    news = {row["method"]: row["on news"] for row in found["rows"]}
+    assert news["IVON, 8 samples"] == pytest.approx(
+        sum(run["news"]["8"] for run in found["runs"]["ivon"]) / 2
+    )
+
+
+def test_samples_of_no_temperature_are_the_mean(corpus, tmp_path):
+    pretraining.trained(tmp_path, SMALL, BOTH["ivon"], 0, None, 0, 4, (4,))
+    args = tmp_path, SMALL, pretraining.NEWS, 0, 4, (4,)
+    cold, hot = (pretraining.rescored(*args, temperature) for temperature in (1e-12, 1e3))
+    assert cold["4"] == pytest.approx(cold["mean"], abs=1e-5)
+    assert hot["4"] > hot["mean"] + 0.01
+    assert hot["mean"] == cold["mean"]
 
 
 def test_as_many_trials_of_each():

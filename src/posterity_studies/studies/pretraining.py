@@ -6,6 +6,9 @@ A GPT over bytes, on 43 MB of essays and a dictionary, autocast to bf16. All thr
 many trials, as long as the runs (what is best after a quarter of the steps is not best in the end),
 with the first seed, judged on one half of the held-out text, IVON's as it will be used: averaged
 over samples. The best is trained with every seed and scored on the other half.
+
+And on news, which nothing was trained on, as GPT-2 was judged: at the temperature of the posterior
+that is best on one half of it, on the other.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from posterity_studies.studies.pictures import label, picture
 from posterity_studies.train import Progress, silent
 
 TEXTS = ("anarchism", "dictionary")
+NEWS = ("news",)
 COUNTS, TRIED = (1, 8, 32), (8,)  # posterior samples: of results and of trials
+TEMPERATURES = (1.0, 10.0, 30.0, 100.0, 300.0)  # t: λ/t in place of λ
 LABELS = {"adamw": "AdamW", "ivon": "IVON", "pairs": "IVON in pairs"}
 STYLES = {"adamw": ":", "ivon": "--", "pairs": "-."}
 Trials = Mapping[str, Sequence[Settings]]  # as many of each optimizer
@@ -56,7 +61,7 @@ def trials(
     }
 
 
-Corpus = tuple[Tensor, tuple[Tensor, Tensor], str]
+Corpus = tuple[Tensor, tuple[Tensor, Tensor]]
 Scores = Mapping[str, float]
 
 
@@ -149,7 +154,7 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         size = SCALES[scale]
     place, digest = None, ""
     if size.corpus is None:
-        digest = corpus(size.thin)[2]
+        digest = " ".join(str(text.load(name).digest) for name in (*TEXTS, *NEWS))
     else:
         place = out / "tokens"
         facts = tokens.prepare(size.corpus, place, progress)
@@ -161,32 +166,44 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
         (run_folder(out, o, chosen[o].number, seed), size.what, chosen[o].settings, seed, *how)
         for o, seed in work
     ]
-    found: dict[str, list[dict[str, Any]]] = {o: [] for o in chosen}
     results = jobs.each(trained, calls, progress, "runs", [c[0] for c in calls], bars=True)
-    for (optimizer, _), (run, scores) in zip(work, results, strict=True):
-        found[optimizer].append({**run, "scores": scores})
+    made = [{**run, "scores": scores} for run, scores in results]
+    elsewhere: dict[str, list[dict[str, Any]]] = {}
+    if place is None:
+        elsewhere = tempered(out, size, chosen, seeds[0], progress)
+        best = {o: min(rows, key=_on_news)["temperature"] for o, rows in elsewhere.items()}
+        calls = [
+            (call[0], size.what, NEWS, 1, size.test, COUNTS, best.get(o, 1.0))
+            for (o, _), call in zip(work, calls, strict=True)
+        ]
+        scores = jobs.each(rescored, calls, progress, "news", [c[0] for c in calls], bars=True)
+        made = [run | {"news": found} for run, found in zip(made, scores, strict=True)]
+    every = [(o, run) for (o, _), run in zip(work, made, strict=True)]
+    found = {o: [run for kind, run in every if kind == o] for o in chosen}
     rows = [row for optimizer in found for row in table(LABELS[optimizer], found[optimizer])]
-    draw(out / "pretraining.png", found)
+    draw(out / "pretraining.png", found, elsewhere)
     return {
         "rows": rows,
         "data": digest,
         "trials": {o: best.trials for o, best in chosen.items()},
         "settings": {o: asdict(best.settings) for o, best in chosen.items()},
         "size": {"test": size.test, "thin": size.thin, **asdict(size.what)},
+        "temperatures": elsewhere,
         "runs": found,
     }
 
 
 def corpus(thin: int = 1) -> Corpus:
-    """Every ``thin``-th block to train on, texts to choose by and to test with, and a digest."""
-    texts = [text.load(name) for name in TEXTS]
-    halves = [t.test.tensor_split(2) for t in texts]
-    first, second = (torch.cat(half) for half in zip(*halves, strict=True))
-    return (
-        torch.cat([block for t in texts for block in t.train.split(text.BLOCK)[::thin]]),
-        (first, second),
-        " ".join(str(t.digest) for t in texts),
-    )
+    """Every ``thin``-th block to train on, and texts to choose by and to test with."""
+    blocks = (text.load(name).train.split(text.BLOCK)[::thin] for name in TEXTS)
+    return torch.cat([block for each in blocks for block in each]), halves(TEXTS)
+
+
+def halves(names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Held-out text to choose by, and to test with."""
+    both = (text.load(name).test.tensor_split(2) for name in names)
+    first, second = (torch.cat(half) for half in zip(*both, strict=True))
+    return first, second
 
 
 def search(
@@ -247,19 +264,77 @@ def trained(
         progress: of its steps and samples.
     """
     if place is None:
-        train, held, _ = corpus(thin)
+        train, held = corpus(thin)
     else:
         read = tokens.load(place)
         train, held = read["train"], read["held"].tensor_split(2)
     run = pretrain(what, settings, seed, folder, train, held[0], progress)
+    return run, _losses(folder, what, f"{part}", held[part], test, counts, 1.0, progress)
 
+
+def rescored(
+    folder: Path,
+    what: Pretraining,
+    names: Sequence[str],
+    part: int,
+    test: int,
+    counts: tuple[int, ...],
+    temperature: float,
+    progress: Progress = silent,
+) -> Scores:
+    """A finished run's losses on a half of these texts; its samples have this temperature."""
+    label = f"{part}" if names == TEXTS else f"{'-'.join(names)}-{part}"
+    held = halves(names)[part]
+    return _losses(folder, what, label, held, test, counts, temperature, progress)
+
+
+def _losses(
+    folder: Path,
+    what: Pretraining,
+    label: str,
+    held: Tensor,
+    test: int,
+    counts: tuple[int, ...],
+    temperature: float,
+    progress: Progress,
+) -> Scores:
     def make() -> dict[str, float]:
         model, posterior = load(folder)
-        rows = held_rows(held[part], replace(what, held=test))
+        rows = held_rows(held, replace(what, held=test))
+        if posterior is not None:
+            posterior = posterior.temper(temperature)
         return dict(scored(model, rows, posterior, counts, progress, what.micro))
 
-    asked = {"of": run["provenance"], "sequences": test, "samples": counts}
-    return run, runs.kept(folder / f"scores-{part}.json", asked, make)
+    of = runs.read_json(folder / "result.json")["provenance"]
+    asked: dict[str, Any] = {"of": of, "sequences": test, "samples": counts}
+    if temperature != 1:
+        label, asked = f"{label}-t{temperature:g}", asked | {"temperature": temperature}
+    return runs.kept(folder / f"scores-{label}.json", asked, make)
+
+
+def tempered(
+    out: Path, size: Scale, chosen: Mapping[str, Chosen], seed: int, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """Of each posterior, the losses on the texts to choose by, over temperatures."""
+    folders = {o: run_folder(out, o, best.number, seed) for o, best in chosen.items()}
+    sampled = [o for o, folder in folders.items() if (folder / "posterior.safetensors").exists()]
+    work = [(o, t) for o in sampled for t in TEMPERATURES]
+    calls = [
+        (folders[o], size.what, names, 0, size.test, TRIED, t)
+        for names in (TEXTS, NEWS)
+        for o, t in work
+    ]
+    titles = [f"{c[0]}, temperature {c[-1]:g}" for c in calls]
+    results = jobs.each(rescored, calls, progress, "temperatures", titles, bars=True)
+    found: dict[str, list[dict[str, Any]]] = {o: [] for o, _ in work}
+    pairs = zip(results[: len(work)], results[len(work) :], strict=True)
+    for (optimizer, t), (same, news) in zip(work, pairs, strict=True):
+        found[optimizer].append({"temperature": t, "held": same, "news": news})
+    return found
+
+
+def _on_news(row: Mapping[str, Any]) -> float:
+    return row["news"][str(max(TRIED))]
 
 
 def table(name: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -272,13 +347,19 @@ def table(name: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             method = name if key == "mean" else f"{name}, {key} sample{'s' * (key != '1')}"
             spread = stdev(losses) if len(losses) > 1 else 0.0
             row = {"method": method, "loss": fmean(losses), "s.d.": spread}
+            if "news" in found[0]:
+                row["on news"] = fmean(run["news"][key] for run in found)
             rows.append(row | {"seconds a step": seconds})
     return rows
 
 
-def draw(path: Path, found: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """Held-out loss over steps, and what averaging samples makes of it."""
-    with picture(path, 2) as panels:
+def draw(
+    path: Path,
+    found: Mapping[str, Sequence[dict[str, Any]]],
+    elsewhere: Mapping[str, Sequence[dict[str, Any]]],
+) -> None:
+    """Held-out loss over steps, and what averaging samples makes of it, there and on news."""
+    with picture(path, 2 + bool(elsewhere)) as panels:
         for optimizer, every in found.items():
             steps = every[0]["curve"]["step"]
             curves = torch.tensor([run["curve"]["held"] for run in every])
@@ -292,5 +373,16 @@ def draw(path: Path, found: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         label(panels[0], "While training", "step", "held-out loss, nats a token")
         label(panels[1], "In the end, on other text", "posterior samples", "loss, nats a token")
         panels[1].set_xscale("log", base=2)
+        for optimizer, rows in elsewhere.items():
+            most = str(max(TRIED))
+            for name, style in (("held", "o--"), ("news", "o-")):
+                gains = [row[name][most] - row[name]["mean"] for row in rows]
+                title = f"{LABELS[optimizer]}, {'news' if name == 'news' else 'text of its kind'}"
+                panels[2].plot([row["temperature"] for row in rows], gains, style, label=title)
+        if elsewhere:
+            panels[2].axhline(0, color="#444444", lw=0.8)
+            change = f"loss with {max(TRIED)} samples less the mean's"
+            label(panels[2], "Where averaging pays", "temperature of the posterior", change)
+            panels[2].set_xscale("log")
         for panel in panels:
             panel.legend(fontsize=8)
