@@ -20,7 +20,8 @@ def only(monkeypatch, name):
 def test_a_language_models_best_trial_is_its_run_and_scored_on_other_text(tmp_path, monkeypatch):
     text = torch.frombuffer(bytearray(b"the cat sat on a mat. " * 200), dtype=torch.uint8)
     halves = (text[:500], torch.frombuffer(bytearray(b"a dog sits! " * 50), dtype=torch.uint8))
-    monkeypatch.setattr(pretraining, "corpus", lambda thin: (text, halves, "made"))
+    monkeypatch.setattr(pretraining, "learnt", lambda thin: text)
+    monkeypatch.setattr(pretraining, "halves", lambda source: halves)
     what = replace(
         defaults.TEXT.what, shape=GPTConfig(1, 2, 16, 12, vocabulary=256), steps=6, every=3
     )

@@ -1,6 +1,7 @@
 """Language models from scratch: the loop, what it keeps, and the study over it."""
 
 import json
+import math
 import time
 from dataclasses import replace
 
@@ -217,7 +218,8 @@ def corpus(tmp_path, monkeypatch):
     origins = {}
     for name in (*pretraining.TEXTS, *pretraining.NEWS):
         arrays = {f"{split}.targets": np.zeros(0, np.uint8) for split in ("train", "test")}
-        arrays |= {f"{split}.inputs": TOKENS.numpy() for split in ("train", "test")}
+        body = 255 - TOKENS.numpy() if name in pretraining.NEWS else TOKENS.numpy()
+        arrays |= {f"{split}.inputs": body for split in ("train", "test")}
         cache.prepare(name)
         cache.write(name, arrays, "made for a test")
         digest = cache.digest(arrays)
@@ -229,6 +231,7 @@ def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeyp
     diverging = LanguageAdamw(lr=float("inf"))
     trials = {"adamw": [diverging, BOTH["adamw"]], "ivon": [BOTH["ivon"], LanguageIvon(lr=1e-9)]}
     monkeypatch.setattr(text, "BLOCK", 500)
+    monkeypatch.setattr(pretraining, "TEMPERATURES", (1.0, 3.0))
     smoke = pretraining.SCALES["smoke"]
     smoke = replace(smoke, what=replace(smoke.what, steps=40, every=20), trials=trials)
     monkeypatch.setitem(pretraining.SCALES, "smoke", smoke)
@@ -249,25 +252,50 @@ def test_the_study_tries_both_alike_and_keeps_the_best(corpus, tmp_path, monkeyp
 
 
 def assert_judged_on_news(found, out):
-    """The temperature is of one half of the news, the scores are of the other."""
-    rows = found["temperatures"]["ivon"]
-    assert [*found["temperatures"]] == ["ivon"]  # AdamW has no posterior
-    assert [row["temperature"] for row in rows] == list(pretraining.TEMPERATURES)
+    tried = found["news"]["temperatures"]["ivon"]
+    assert [*found["news"]["temperatures"]] == ["ivon"]  # AdamW has no posterior
+    assert [row["temperature"] for row in tried] == [1.0, 3.0]
     of_trial = next(t for t in found["trials"]["ivon"] if t["settings"]["lr"] == 20.0)
-    assert rows[0]["held"] == {k: v for k, v in of_trial.items() if k != "settings"}
-    assert len({row["held"]["8"] for row in rows}) == len(rows)
-    assert len({row["held"]["mean"] for row in rows}) == 1
-    best = min(rows, key=lambda row: row["news"]["8"])["temperature"]
-    files = [f"scores-news-1{f'-t{best:g}' * (best != 1)}.json" for best in (1, best)]
-    for optimizer, name in zip(("adamw", "ivon"), files, strict=True):
-        for seed, run in enumerate(found["runs"][optimizer]):
-            number = 1 if optimizer == "adamw" else 0
-            kept = out / f"{optimizer}-{number}-seed{seed}" / name
-            assert runs.read_json(kept)["found"] == run["news"]
+    assert tried[0]["held"] == {k: v for k, v in of_trial.items() if k != "settings"}
+    assert tried[0]["held"]["mean"] == tried[1]["held"]["mean"] != tried[1]["news"]["mean"]
+    assert found["news"]["best"] == {"ivon": 3.0}  # it knows nothing of the news
+    for folder, every, name in (
+        ("adamw-1", found["news"]["runs"]["adamw"], "scores-news-1.json"),
+        ("ivon-0", found["news"]["runs"]["ivon"], "scores-news-1-t3.json"),
+    ):
+        for seed, run in enumerate(every):
+            kept = runs.read_json(out / f"{folder}-seed{seed}" / name)["found"]
+            assert kept.items() < run.items()
+            assert run["divisor"] in pretraining.DIVISORS
     news = {row["method"]: row["on news"] for row in found["rows"]}
-    assert news["IVON, 8 samples"] == pytest.approx(
-        sum(run["news"]["8"] for run in found["runs"]["ivon"]) / 2
-    )
+    each = [run["8"] for run in found["news"]["runs"]["ivon"]]
+    assert news["IVON, 8 samples"] == pytest.approx(sum(each) / 2)
+
+
+def test_one_half_of_the_news_chooses_and_the_other_is_told(tmp_path, monkeypatch):
+    losses = {  # where it is least, by text and half
+        (pretraining.TEXTS, 0): 10.0,
+        (pretraining.NEWS, 0): 30.0,
+        (pretraining.NEWS, 1): 100.0,
+    }
+
+    def rescored(folder, what, source, part, test, counts, temperature=1.0):
+        loss = abs(math.log(temperature / losses[source, part]))
+        return {"8": loss, "folder": folder.name, "temperature": temperature, "part": part}
+
+    monkeypatch.setattr(pretraining, "rescored", rescored)
+    monkeypatch.setattr(pretraining, "softened", lambda folder, what, test: {"softened": 1.0})
+    folders = [tmp_path / f"{o}-seed{seed}" for o in ("adamw-2", "pairs-1") for seed in (3, 4)]
+    for folder in folders:
+        folder.mkdir()
+    (tmp_path / "pairs-1-seed3/posterior.safetensors").touch()
+    chosen = {o: pretraining.Chosen(k, BOTH["adamw"], []) for o, k in (("adamw", 2), ("pairs", 1))}
+    found = pretraining.on_news(tmp_path, pretraining.SCALES["smoke"], chosen, [3, 4], silent)
+    assert found["best"] == {"pairs": 30.0}
+    told = [run for every in found["runs"].values() for run in every]
+    assert [run["folder"] for run in told] == [folder.name for folder in folders]
+    assert [run["temperature"] for run in told] == [1.0, 1.0, 30.0, 30.0]
+    assert {run["part"] for run in told} == {1}
 
 
 def test_samples_of_no_temperature_are_the_mean(corpus, tmp_path):
@@ -277,6 +305,26 @@ def test_samples_of_no_temperature_are_the_mean(corpus, tmp_path):
     assert cold["4"] == pytest.approx(cold["mean"], abs=1e-5)
     assert hot["4"] > hot["mean"] + 0.01
     assert hot["mean"] == cold["mean"]
+
+
+def test_logits_are_divided_by_what_one_half_likes_best(corpus, tmp_path, monkeypatch):
+    pretraining.trained(tmp_path, SMALL, BOTH["adamw"], 0, None, 0, 4, ())
+    noise = torch.randint(256, (500,), generator=torch.Generator().manual_seed(0))
+    first, second = TOKENS[:500], noise  # learnt, and not to be learnt
+    monkeypatch.setattr(pretraining, "halves", lambda source: [first, second])
+    monkeypatch.setattr(pretraining, "DIVISORS", (0.5, 2.0))
+    model, _ = pretrain.load(tmp_path)
+
+    def loss(half, divisor):
+        rows = pretrain.held_rows(half, replace(SMALL, held=4))
+        with torch.no_grad():
+            logits = model(rows[:, :-1]).double() / divisor
+        return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+    assert loss(first, 0.5) < loss(first, 2.0)
+    assert loss(second, 0.5) > loss(second, 2.0)
+    found = pretraining.softened(tmp_path, SMALL, 4)
+    assert found == {"divisor": 0.5, "softened": pytest.approx(loss(second, 0.5), abs=1e-5)}
 
 
 def test_as_many_trials_of_each():

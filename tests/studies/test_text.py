@@ -28,10 +28,11 @@ def test_every_twelfth_essay_is_held_out():
 
 def test_every_twelfth_article_is_held_out():
     articles = [f"Title {i}\n\n  Prose. \r\n".encode() for i in range(12)]
-    articles[11] = b"\xa35m"  # in Latin-1
-    arrays = text.decode_articles(articles)
+    articles[9] = b"\xa35m"  # in Latin-1
+    arrays = text.decode_articles(articles)  # dealt: 0, 10, 1, 11, 2, ..., 9
     assert bytes(arrays["test.inputs"]).decode() == "\N{REPLACEMENT CHARACTER}5m"
-    assert bytes(arrays["train.inputs"]).startswith(b"Title 0\nProse.\n\nTitle 1\nProse.\n\n")
+    train = bytes(arrays["train.inputs"]).decode()
+    assert train.startswith("Title 0\nProse.\n\nTitle 10\nProse.\n\nTitle 1\nProse.\n\n")
 
 
 def test_a_page_without_a_body_is_an_error():
@@ -85,5 +86,5 @@ def test_the_essays_are_those_that_are_known():
 @pytest.mark.network
 def test_the_news_are_those_that_are_known():
     found = text.load("news")
-    assert (len(found.train), len(found.test)) == (4_633_550, 399_102)
+    assert (len(found.train), len(found.test)) == (4_621_621, 411_031)
     assert b"Indonesia" in found.test.numpy().tobytes()

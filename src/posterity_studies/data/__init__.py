@@ -216,8 +216,8 @@ def fetch(listing: Origin) -> tuple[Arrays, str]:
             return arrays, str(source)
     raise DataError(
         "\n".join([f"{listing.name}: no source could serve it", *failures])
-        + "\nOpen the network, install what is missing above (npm, or apt-get and dpkg-deb), or "
-        f"set POSTERITY_DATA to a folder that holds {cache.path(listing.name).name} "
+        + "\nOpen the network, install what is missing above (npm, pip, or apt-get and dpkg-deb), "
+        f"or set POSTERITY_DATA to a folder that holds {cache.path(listing.name).name} "
         f"(now {cache.path(listing.name).parent})."
     )
 

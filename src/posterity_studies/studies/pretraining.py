@@ -7,14 +7,14 @@ many trials, as long as the runs (what is best after a quarter of the steps is n
 with the first seed, judged on one half of the held-out text, IVON's as it will be used: averaged
 over samples. The best is trained with every seed and scored on the other half.
 
-And on news, which nothing was trained on, as GPT-2 was judged: at the temperature of the posterior
-that is best on one half of it, on the other.
+All are scored on news too, which none was trained on: the posterior at the temperature that is best
+on half of it, with the first seed, and the mean with its logits divided by what is best there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ TEXTS = ("anarchism", "dictionary")
 NEWS = ("news",)
 COUNTS, TRIED = (1, 8, 32), (8,)  # posterior samples: of results and of trials
 TEMPERATURES = (1.0, 10.0, 30.0, 100.0, 300.0)  # t: λ/t in place of λ
+DIVISORS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3)  # of logits
 LABELS = {"adamw": "AdamW", "ivon": "IVON", "pairs": "IVON in pairs"}
 STYLES = {"adamw": ":", "ivon": "--", "pairs": "-."}
 Trials = Mapping[str, Sequence[Settings]]  # as many of each optimizer
@@ -61,8 +62,8 @@ def trials(
     }
 
 
-Corpus = tuple[Tensor, tuple[Tensor, Tensor]]
 Scores = Mapping[str, float]
+Source = Path | tuple[str, ...]  # a folder of tokens, or names of texts
 
 
 class Chosen(NamedTuple):
@@ -168,42 +169,33 @@ def study(out: Path, seeds: Sequence[int], scale: str, progress: Progress) -> di
     ]
     results = jobs.each(trained, calls, progress, "runs", [c[0] for c in calls], bars=True)
     made = [{**run, "scores": scores} for run, scores in results]
-    elsewhere: dict[str, list[dict[str, Any]]] = {}
-    if place is None:
-        elsewhere = tempered(out, size, chosen, seeds[0], progress)
-        best = {o: min(rows, key=_on_news)["temperature"] for o, rows in elsewhere.items()}
-        calls = [
-            (call[0], size.what, NEWS, 1, size.test, COUNTS, best.get(o, 1.0))
-            for (o, _), call in zip(work, calls, strict=True)
-        ]
-        scores = jobs.each(rescored, calls, progress, "news", [c[0] for c in calls], bars=True)
-        made = [run | {"news": found} for run, found in zip(made, scores, strict=True)]
-    every = [(o, run) for (o, _), run in zip(work, made, strict=True)]
-    found = {o: [run for kind, run in every if kind == o] for o in chosen}
-    rows = [row for optimizer in found for row in table(LABELS[optimizer], found[optimizer])]
-    draw(out / "pretraining.png", found, elsewhere)
+    found = {o: made[k :: len(chosen)] for k, o in enumerate(chosen)}
+    news = on_news(out, size, chosen, seeds, progress) if place is None else {}
+    rows = [row for o in found for row in table(LABELS[o], found[o], news.get("runs", {}).get(o))]
+    draw(out / "pretraining.png", found, news.get("temperatures", {}))
     return {
         "rows": rows,
         "data": digest,
         "trials": {o: best.trials for o, best in chosen.items()},
         "settings": {o: asdict(best.settings) for o, best in chosen.items()},
         "size": {"test": size.test, "thin": size.thin, **asdict(size.what)},
-        "temperatures": elsewhere,
         "runs": found,
+        "news": news,
     }
 
 
-def corpus(thin: int = 1) -> Corpus:
-    """Every ``thin``-th block to train on, and texts to choose by and to test with."""
+def learnt(thin: int = 1) -> Tensor:
+    """Every ``thin``-th block of the study's own texts to train on."""
     blocks = (text.load(name).train.split(text.BLOCK)[::thin] for name in TEXTS)
-    return torch.cat([block for each in blocks for block in each]), halves(TEXTS)
+    return torch.cat([block for each in blocks for block in each])
 
 
-def halves(names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def halves(source: Source) -> Sequence[Tensor]:
     """Held-out text to choose by, and to test with."""
-    both = (text.load(name).test.tensor_split(2) for name in names)
-    first, second = (torch.cat(half) for half in zip(*both, strict=True))
-    return first, second
+    if isinstance(source, Path):
+        return tokens.load(source)["held"].tensor_split(2)
+    both = (text.load(name).test.tensor_split(2) for name in source)
+    return [torch.cat(half) for half in zip(*both, strict=True)]
 
 
 def search(
@@ -263,82 +255,105 @@ def trained(
         thin: every so many-th block of the study's own texts is trained on.
         progress: of its steps and samples.
     """
-    if place is None:
-        train, held = corpus(thin)
-    else:
-        read = tokens.load(place)
-        train, held = read["train"], read["held"].tensor_split(2)
-    run = pretrain(what, settings, seed, folder, train, held[0], progress)
-    return run, _losses(folder, what, f"{part}", held[part], test, counts, 1.0, progress)
+    source = place or TEXTS
+    train = learnt(thin) if place is None else tokens.load(place)["train"]
+    run = pretrain(what, settings, seed, folder, train, halves(source)[0], progress)
+    return run, rescored(folder, what, source, part, test, counts, progress=progress)
 
 
 def rescored(
     folder: Path,
     what: Pretraining,
-    names: Sequence[str],
+    source: Source,
     part: int,
     test: int,
     counts: tuple[int, ...],
-    temperature: float,
+    temperature: float = 1.0,
     progress: Progress = silent,
 ) -> Scores:
-    """A finished run's losses on a half of these texts; its samples have this temperature."""
-    label = f"{part}" if names == TEXTS else f"{'-'.join(names)}-{part}"
-    held = halves(names)[part]
-    return _losses(folder, what, label, held, test, counts, temperature, progress)
+    """A finished run's losses, as :func:`trained` has them, its samples at this temperature."""
+    name, asked = f"{part}", _asked(folder, test) | {"samples": counts}
+    if source == NEWS:
+        name, asked = f"news-{part}", asked | {"text": text.TEXTS[NEWS[0]].digest}
+    if temperature != 1:
+        name, asked = f"{name}-t{temperature:g}", asked | {"temperature": temperature}
 
-
-def _losses(
-    folder: Path,
-    what: Pretraining,
-    label: str,
-    held: Tensor,
-    test: int,
-    counts: tuple[int, ...],
-    temperature: float,
-    progress: Progress,
-) -> Scores:
     def make() -> dict[str, float]:
         model, posterior = load(folder)
-        rows = held_rows(held, replace(what, held=test))
-        if posterior is not None:
-            posterior = posterior.temper(temperature)
-        return dict(scored(model, rows, posterior, counts, progress, what.micro))
+        rows = held_rows(halves(source)[part], replace(what, held=test))
+        tempered = None if posterior is None else posterior.temper(temperature)
+        return dict(scored(model, rows, tempered, counts, progress, what.micro))
 
-    of = runs.read_json(folder / "result.json")["provenance"]
-    asked: dict[str, Any] = {"of": of, "sequences": test, "samples": counts}
-    if temperature != 1:
-        label, asked = f"{label}-t{temperature:g}", asked | {"temperature": temperature}
-    return runs.kept(folder / f"scores-{label}.json", asked, make)
+    return runs.kept(folder / f"scores-{name}.json", asked, make)
 
 
-def tempered(
-    out: Path, size: Scale, chosen: Mapping[str, Chosen], seed: int, progress: Progress
-) -> dict[str, list[dict[str, Any]]]:
-    """Of each posterior, the losses on the texts to choose by, over temperatures."""
-    folders = {o: run_folder(out, o, best.number, seed) for o, best in chosen.items()}
-    sampled = [o for o, folder in folders.items() if (folder / "posterior.safetensors").exists()]
-    work = [(o, t) for o in sampled for t in TEMPERATURES]
-    calls = [
-        (folders[o], size.what, names, 0, size.test, TRIED, t)
-        for names in (TEXTS, NEWS)
-        for o, t in work
+def softened(folder: Path, what: Pretraining, test: int) -> Scores:
+    """The mean's loss on news, its logits over the divisor that half of it likes best."""
+    asked = _asked(folder, test) | {"text": text.TEXTS[NEWS[0]].digest, "divisors": DIVISORS}
+
+    def make() -> dict[str, float]:
+        first, second = (held_rows(half, replace(what, held=test)) for half in halves(NEWS))
+
+        def loss(divisor: float, rows: Tensor) -> float:
+            model, _ = load(folder)
+            with torch.no_grad():  # its logits are linear in the last norm's weight and bias
+                for values in model.norm.parameters():
+                    values /= divisor
+            return scored(model, rows, None, batch=what.micro)["mean"]
+
+        best = min(DIVISORS, key=lambda divisor: loss(divisor, first))
+        return {"divisor": best, "softened": loss(best, second)}
+
+    return runs.kept(folder / "scores-softened.json", asked, make)
+
+
+def _asked(folder: Path, test: int) -> dict[str, Any]:
+    return {"of": runs.read_json(folder / "result.json")["provenance"], "sequences": test}
+
+
+def on_news(
+    out: Path,
+    size: Scale,
+    chosen: Mapping[str, Chosen],
+    seeds: Sequence[int],
+    progress: Progress,
+) -> dict[str, Any]:
+    """``temperatures`` and losses with these, on both kinds of text; the ``best``; all ``runs``."""
+    what, test = size.what, size.test
+    folders = {o: [run_folder(out, o, c.number, seed) for seed in seeds] for o, c in chosen.items()}
+    sampled = [
+        o for o, (first, *_) in folders.items() if (first / "posterior.safetensors").exists()
     ]
-    titles = [f"{c[0]}, temperature {c[-1]:g}" for c in calls]
-    results = jobs.each(rescored, calls, progress, "temperatures", titles, bars=True)
-    found: dict[str, list[dict[str, Any]]] = {o: [] for o, _ in work}
-    pairs = zip(results[: len(work)], results[len(work) :], strict=True)
-    for (optimizer, t), (same, news) in zip(work, pairs, strict=True):
-        found[optimizer].append({"temperature": t, "held": same, "news": news})
-    return found
+    tries = [(o, t) for o in sampled for t in TEMPERATURES]
+
+    def each(function: Callable[..., Scores], calls: Sequence[tuple[Any, ...]]) -> list[Scores]:
+        return jobs.each(function, calls, progress, "scores", [c[0] for c in calls])
+
+    same, news = (
+        each(rescored, [(folders[o][0], what, source, 0, test, TRIED, t) for o, t in tries])
+        for source in (TEXTS, NEWS)
+    )
+    tried: dict[str, list[dict[str, Any]]] = {o: [] for o in sampled}
+    for (o, t), on_held, elsewhere in zip(tries, same, news, strict=True):
+        tried[o].append({"temperature": t, "held": on_held, "news": elsewhere})
+    most = str(max(TRIED))
+    best = {o: min(r, key=lambda row: row["news"][most])["temperature"] for o, r in tried.items()}
+    work = [(o, folder) for o in folders for folder in folders[o]]
+    calls = [(folder, what, NEWS, 1, test, COUNTS, best.get(o, 1.0)) for o, folder in work]
+    scores, soft = (
+        each(rescored, calls),
+        each(softened, [(folder, what, test) for _, folder in work]),
+    )
+    every: dict[str, list[Scores]] = {o: [] for o in folders}
+    for (o, _), a, b in zip(work, scores, soft, strict=True):
+        every[o].append({**a, **b})
+    return {"best": best, "temperatures": tried, "runs": every}
 
 
-def _on_news(row: Mapping[str, Any]) -> float:
-    return row["news"][str(max(TRIED))]
-
-
-def table(name: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row at the mean, and one for each number of samples."""
+def table(
+    name: str, found: Sequence[dict[str, Any]], news: Sequence[Scores] | None
+) -> list[dict[str, Any]]:
+    """A row at the mean, and one for each number of samples; on news at their best temperature."""
     seconds = min(run["seconds_per_step"] for run in found)  # runs beside others are slower
     rows = []
     for key in ("mean", *map(str, COUNTS)):
@@ -347,8 +362,8 @@ def table(name: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             method = name if key == "mean" else f"{name}, {key} sample{'s' * (key != '1')}"
             spread = stdev(losses) if len(losses) > 1 else 0.0
             row = {"method": method, "loss": fmean(losses), "s.d.": spread}
-            if "news" in found[0]:
-                row["on news"] = fmean(run["news"][key] for run in found)
+            if news:
+                row["on news"] = fmean(run[key] for run in news)
             rows.append(row | {"seconds a step": seconds})
     return rows
 
@@ -356,10 +371,10 @@ def table(name: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def draw(
     path: Path,
     found: Mapping[str, Sequence[dict[str, Any]]],
-    elsewhere: Mapping[str, Sequence[dict[str, Any]]],
+    temperatures: Mapping[str, Sequence[dict[str, Any]]],
 ) -> None:
     """Held-out loss over steps, and what averaging samples makes of it, there and on news."""
-    with picture(path, 2 + bool(elsewhere)) as panels:
+    with picture(path, 2 + bool(temperatures)) as panels:
         for optimizer, every in found.items():
             steps = every[0]["curve"]["step"]
             curves = torch.tensor([run["curve"]["held"] for run in every])
@@ -373,13 +388,13 @@ def draw(
         label(panels[0], "While training", "step", "held-out loss, nats a token")
         label(panels[1], "In the end, on other text", "posterior samples", "loss, nats a token")
         panels[1].set_xscale("log", base=2)
-        for optimizer, rows in elsewhere.items():
+        for optimizer, rows in temperatures.items():
             most = str(max(TRIED))
             for name, style in (("held", "o--"), ("news", "o-")):
                 gains = [row[name][most] - row[name]["mean"] for row in rows]
                 title = f"{LABELS[optimizer]}, {'news' if name == 'news' else 'text of its kind'}"
                 panels[2].plot([row["temperature"] for row in rows], gains, style, label=title)
-        if elsewhere:
+        if temperatures:
             panels[2].axhline(0, color="#444444", lw=0.8)
             change = f"loss with {max(TRIED)} samples less the mean's"
             label(panels[2], "Where averaging pays", "temperature of the posterior", change)
