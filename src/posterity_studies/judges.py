@@ -14,6 +14,7 @@ from typing import Any
 Verdict = tuple[bool, str]
 Metrics = Mapping[str, float]
 OPTIMIZERS = ("IVON", "SGD", "AdamW")
+PAIRS = "IVON in pairs"
 
 
 def _rows(result: Any) -> dict[str, Any]:
@@ -59,6 +60,33 @@ def averaging(result: Any) -> Verdict:
     most = max((m for m in values if m.split()[0].isdigit()), key=lambda m: int(m.split()[0]))
     told = {"the mean": values["the mean"], most: values[most]}
     return values[most] < values["the mean"], _told(told, "{:.3f}")
+
+
+def averaged(result: Any) -> Verdict:
+    """What averaging the most samples, in pairs, adds to the mean's held-out loss."""
+    runs = [run["scores"] for run in result["runs"]["pairs"]]
+    lower, change = _averaged(runs)
+    return lower, f"nats a token: {change}"
+
+
+def elsewhere(result: Any) -> Verdict:
+    """The same on text of another kind, beside the mean with its logits divided."""
+    runs = result["news"]["runs"]["pairs"]
+    lower, change = _averaged(runs)
+    softer = fmean(run["softened"] - run["mean"] for run in runs)
+    return (
+        lower,
+        f"nats a token: {change}, at temperature {result['news']['best']['pairs']:g}; "
+        + (f"logits over {fmean(run['divisor'] for run in runs):.2f} add {softer:+.4f}"),
+    )
+
+
+def _averaged(runs: Sequence[Mapping[str, float]]) -> tuple[bool, str]:
+    most = max((key for key in runs[0] if key.isdigit()), key=int)
+    changes = [run[most] - run["mean"] for run in runs]
+    change, error = fmean(changes), math.sqrt(variance(changes) / len(runs) if runs[1:] else 0)
+    told = f"the mean {fmean(run['mean'] for run in runs):.4f}, {most} samples add {change:+.5f}"
+    return change < -2 * error, f"{told} (s.e. {error:.5f})"
 
 
 def accuracy(results: Sequence[Any]) -> Verdict:
@@ -191,7 +219,7 @@ def pretrained(result: Any) -> Verdict:
 
 def paired(result: Any) -> Verdict:
     """The same in pairs."""
-    return _beside_adamw(result, "IVON in pairs")
+    return _beside_adamw(result, PAIRS)
 
 
 def _beside_adamw(result: Any, name: str) -> Verdict:

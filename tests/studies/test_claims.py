@@ -73,8 +73,15 @@ def less_sure(result):
             found[title] = [run | {"nll": 9.0} for run in found[title]]
 
 
+def unpaid(runs):
+    for run in runs:
+        run["32"] = 9.0
+
+
 WORSE = {  # what makes a claim that holds fail
     "averaging": row("the mean", perplexity=1.0),
+    "averaged": lambda result: unpaid(run["scores"] for run in result["runs"]["pairs"]),
+    "elsewhere": lambda result: unpaid(result["news"]["runs"]["pairs"]),
     "speed": slower,
     "accuracy": seeds_of(lambda found: found.update(nll=3.0)),
     "classified": less_sure,
@@ -122,6 +129,22 @@ def test_less_than_the_seeds_spread_is_no_difference():
     assert "within the seeds' spread of MC-dropout" in ours
     assert judges.in_domain(result((0.20,), (0.201,)))[0]  # one run has no spread
     assert not judges.in_domain(result((0.25, 0.26), (0.20, 0.21)))[0]
+
+
+def test_averaging_must_gain_more_than_its_standard_errors():
+    def result(*gains):
+        runs = [{"mean": 1.2, "8": 1.0, "32": 1.2 - gain} for gain in gains]
+        on_news = [run | {"softened": 1.1, "divisor": 1.1} for run in runs]
+        news = {"runs": {"pairs": on_news}, "best": {"pairs": 30.0}}
+        return {"runs": {"pairs": [{"scores": run} for run in runs]}, "news": news}
+
+    for judge in (judges.averaged, judges.elsewhere):
+        assert judge(result(0.010, 0.011, 0.012))[0]
+        assert not judge(result(-0.010, -0.011, -0.012))[0]
+        holds, ours = judge(result(0.001, 0.021, 0.041))
+        assert not holds
+        assert "the mean 1.2000, 32 samples add -0.02100 (s.e. 0.01155)" in ours
+    assert "temperature 30; logits over 1.10 add -0.1000" in ours
 
 
 def test_commands_are_of_studies_that_exist():

@@ -399,5 +399,6 @@ def draw(
             change = f"loss with {max(TRIED)} samples less the mean's"
             label(panels[2], "Where averaging pays", "temperature of the posterior", change)
             panels[2].set_xscale("log")
+            panels[2].set_yscale("symlog", linthresh=1e-3)
         for panel in panels:
             panel.legend(fontsize=8)
