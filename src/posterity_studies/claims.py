@@ -105,7 +105,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "Figure 2",
-        "The same in pairs, 32 samples, on text like that which a tenth was learnt of.",
+        "The same in pairs, after one pass over a tenth of the text: 32 samples.",
         "GPT-2, off a plot",
         SMALL_GPT,
         "posterity study pretraining --seeds 0 1 2 --jobs 2",
