@@ -74,11 +74,9 @@ def elsewhere(result: Any) -> Verdict:
     runs = result["news"]["runs"]["pairs"]
     lower, change = _averaged(runs)
     softer = fmean(run["softened"] - run["mean"] for run in runs)
-    return (
-        lower,
-        f"nats a token: {change}, at temperature {result['news']['best']['pairs']:g}; "
-        + (f"logits over {fmean(run['divisor'] for run in runs):.2f} add {softer:+.4f}"),
-    )
+    divisor, t = fmean(run["divisor"] for run in runs), result["news"]["best"]["pairs"]
+    told = f"{change}, at temperature {t:g}; logits over {divisor:.2f} add {softer:+.4f}"
+    return lower, f"nats a token: {told}"
 
 
 def _averaged(runs: Sequence[Mapping[str, float]]) -> tuple[bool, str]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from posterity_studies import jobs, runs
 from posterity_studies.data import text, tokens
@@ -293,12 +294,11 @@ def softened(folder: Path, what: Pretraining, test: int) -> Scores:
 
     def make() -> dict[str, float]:
         first, second = (held_rows(half, replace(what, held=test)) for half in halves(NEWS))
+        model, _ = load(folder)
+        last = parameters_to_vector(model.norm.parameters()).detach()  # logits are linear in these
 
         def loss(divisor: float, rows: Tensor) -> float:
-            model, _ = load(folder)
-            with torch.no_grad():  # its logits are linear in the last norm's weight and bias
-                for values in model.norm.parameters():
-                    values /= divisor
+            vector_to_parameters(last / divisor, model.norm.parameters())
             return scored(model, rows, None, batch=what.micro)["mean"]
 
         best = min(DIVISORS, key=lambda divisor: loss(divisor, first))
